@@ -1,0 +1,70 @@
+"""The one network body of MAC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NormedMLP"]
+
+
+class NormedMLP(nn.Module):
+    """A multi-layer perceptron whose hidden layers are Linear, GELU, then LayerNorm.
+
+    The activation comes *before* the normalisation and GELU is the tanh approximation, as in
+    the reference implementation of MAC (https://arxiv.org/abs/2512.08108). TorchRL's
+    :class:`~torchrl.modules.MLP` normalises before it activates, which is another function.
+    Weights are Xavier-uniform and biases zero in every layer, the last included.
+
+    Args:
+        in_features (int): the size of all inputs together.
+        out_features (int): the size of the output.
+        num_cells (sequence of int, optional): the hidden sizes. Defaults to
+            ``(1024, 1024, 1024, 1024)``.
+
+    Keyword Args:
+        layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
+        device (torch.device, optional): the device of the parameters.
+
+    Several inputs are concatenated along the last dimension, in the order given. An input with
+    more dimensions than the first is flattened to as many: a chunk ``[*, h, A]`` beside an
+    observation ``[*, O]`` counts as ``[*, h * A]``, time-major.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import NormedMLP
+        >>> network = NormedMLP(4 + 10 * 2, 1, num_cells=(32, 32))
+        >>> observation, chunk = torch.randn(3, 4), torch.randn(3, 10, 2)
+        >>> network(observation, chunk).shape
+        torch.Size([3, 1])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_cells: Sequence[int] = (1024, 1024, 1024, 1024),
+        *,
+        layer_norm: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for cells in num_cells:
+            layers += [nn.Linear(in_features, cells, device=device), nn.GELU(approximate="tanh")]
+            if layer_norm:
+                layers.append(nn.LayerNorm(cells, eps=1e-6, device=device))
+            in_features = cells
+        layers.append(nn.Linear(in_features, out_features, device=device))
+        self.layers = nn.Sequential(*layers)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
+        last = inputs[0].ndim - 1
+        return self.layers(torch.cat([x.flatten(last) for x in inputs], -1))

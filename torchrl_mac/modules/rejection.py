@@ -1,0 +1,131 @@
+"""Acting by rejection sampling: the best of N samples of a behaviour policy."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+__all__ = ["FlowRejectionActor"]
+
+
+class FlowRejectionActor(TensorDictModuleBase):
+    r"""Draws N candidates from a behaviour policy and acts with the one of highest value.
+
+    .. math::
+
+        a = \arg\max_{a_i} Q(s, a_i), \qquad a_i \sim \pi(\cdot \mid s), \; i = 1 \dots N
+
+    No action leaves the behaviour policy's support, so the value is never asked about actions
+    unlike the data (https://arxiv.org/abs/2512.08108; with chunks as in Q-chunking,
+    https://arxiv.org/abs/2507.07969).
+
+    Args:
+        policy (TensorDictModule): writes an action ``[*, D]``, such as :class:`OneStepPolicy` or
+            :class:`FlowMatchingPolicy`. It is sampled under every exploration type.
+        qvalue_network (TensorDictModule): reads the action and writes its value ``[*, 1]``.
+
+    Keyword Args:
+        num_candidates (int, optional): the number of candidates N. May be changed at any time
+            (MAC trains with 8 and acts with 32). Defaults to 32.
+        chunk_size (int, optional): the number of actions h in a chunk. The policy's ``[*, h * A]``
+            is then written as ``[*, h, A]``. ``None`` (default) writes actions ``[*, D]``.
+        action_key (NestedKey, optional): where the chosen action is written, and where
+            ``qvalue_network`` reads a candidate. Defaults to ``"action"``.
+        noise_key (NestedKey, optional): where explicit noise ``[*, N, D]`` is read, if it is
+            there; ``policy`` must read it from the same key. Defaults to ``"noise"``.
+        value_key (NestedKey, optional): where the chosen action's value ``[*, 1]`` is written.
+            Defaults to ``"chosen_action_value"``.
+
+    Everything else that ``policy`` and ``qvalue_network`` read, such as the observation or a
+    goal, is repeated for each candidate.
+
+    Raises:
+        ValueError: if ``num_candidates`` or ``chunk_size`` is smaller than 1.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import ValueOperator
+        >>> from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
+        >>> policy = OneStepPolicy(NormedMLP(4 + 10 * 2, 10 * 2, num_cells=(32,)), action_dim=20)
+        >>> qvalue = ValueOperator(
+        ...     NormedMLP(4 + 10 * 2, 1, num_cells=(32,)), in_keys=["observation", "action"]
+        ... )
+        >>> actor = FlowRejectionActor(policy, qvalue, num_candidates=8, chunk_size=10)
+        >>> td = actor(TensorDict({"observation": torch.randn(3, 4)}, [3]))
+        >>> td["action"].shape, td["chosen_action_value"].shape
+        (torch.Size([3, 10, 2]), torch.Size([3, 1]))
+    """
+
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        qvalue_network: TensorDictModuleBase,
+        *,
+        num_candidates: int = 32,
+        chunk_size: int | None = None,
+        action_key: NestedKey = "action",
+        noise_key: NestedKey = "noise",
+        value_key: NestedKey = "chosen_action_value",
+    ) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 (or None), got {chunk_size}.")
+        self.policy = policy
+        self.qvalue_network = qvalue_network
+        self.num_candidates = num_candidates
+        self.chunk_size = chunk_size
+        self.action_key = unravel_key(action_key)
+        self.noise_key = unravel_key(noise_key)
+        self.value_key = unravel_key(value_key)
+        made_here = {self.noise_key, self.action_key, *policy.out_keys}
+        read = dict.fromkeys([*policy.in_keys, *qvalue_network.in_keys])
+        self.in_keys = [key for key in read if key not in made_here]
+        self.out_keys = [self.action_key, self.value_key]
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of candidates an action is chosen from."""
+        return self._num_candidates
+
+    @num_candidates.setter
+    def num_candidates(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"num_candidates must be at least 1, got {value}.")
+        self._num_candidates = value
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the best candidate and its value."""
+        candidates = self.candidates(tensordict)
+        value = candidates.get(self.qvalue_network.out_keys[0])
+        best = value.argmax(-2, keepdim=True)
+        tensordict.set(self.value_key, value.gather(-2, best).squeeze(-2))
+        action = candidates.get(self.action_key)
+        flat = action.flatten(value.ndim - 1)
+        chosen = flat.gather(-2, best.expand(*best.shape[:-1], flat.shape[-1])).squeeze(-2)
+        if self.chunk_size is not None:
+            chosen = chosen.unflatten(-1, (self.chunk_size, -1))
+        return tensordict.set(self.action_key, chosen)
+
+    def candidates(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The candidates and their values, a tensordict of shape ``[*, N]``."""
+        inputs = tensordict.select(*self.in_keys)
+        # A tensordict made by dispatch has no batch size: the observation tells it.
+        inputs.batch_size = inputs.get(self.in_keys[0]).shape[:-1]
+        candidates = inputs.unsqueeze(-1).expand(*inputs.batch_size, self.num_candidates)
+        noise = tensordict.get(self.noise_key, None)
+        if noise is not None:
+            if noise.shape[-2] != self.num_candidates:
+                raise ValueError(
+                    f"{self.noise_key!r} has shape {tuple(noise.shape)}: its second last dimension "
+                    f"must be num_candidates={self.num_candidates}."
+                )
+            candidates.set(self.noise_key, noise)
+        with set_exploration_type(ExplorationType.RANDOM):
+            candidates = self.policy(candidates)
+        action = candidates.get(self.policy.out_keys[0])
+        if self.chunk_size is not None:
+            action = action.unflatten(-1, (self.chunk_size, -1))
+        return self.qvalue_network(candidates.set(self.action_key, action))
