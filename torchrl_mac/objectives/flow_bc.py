@@ -1,0 +1,152 @@
+"""Behaviour cloning by flow matching, with a one-step student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
+
+__all__ = ["FlowBCLoss"]
+
+
+class FlowBCLoss(LossModule):
+    r"""Clones behaviour with a flow and distils the flow into a one-step policy.
+
+    With noise :math:`x_0, z \sim \mathcal N(0, I)` and a time :math:`t \sim U[0, 1)` per sample,
+
+    .. math::
+
+        \mathcal L_{flow} &= \| v(s, (1 - t) x_0 + t a, t) - (a - x_0) \|^2 \\
+        \mathcal L_{distillation} &= \| \pi_\omega(s, z) - \mathrm{sg}[\mu(s, z)] \|^2
+
+    where :math:`\mu` integrates the flow and clips, the student :math:`\pi_\omega` is not
+    clipped, and squares are averaged over the action's coordinates
+    (https://arxiv.org/abs/2512.08108, https://arxiv.org/abs/2502.02538). The flow learns from
+    the first term only and the student from the second only.
+
+    Args:
+        flow_policy (FlowMatchingPolicy): the behaviour policy.
+        onestep_policy (OneStepPolicy): its student.
+
+    Keyword Args:
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch. Defaults to
+            ``"mean"``.
+
+    The input holds what the policies are conditioned on (``"observation"`` ``[*, O]``) and the
+    action, flat ``[*, D]`` or a chunk ``[*, h, A]`` with ``D = h * A``. Noise
+    (``"flow_noise"`` and ``"distillation_noise"`` ``[*, D]``, ``"flow_time"`` ``[*, 1]``) is
+    drawn unless the input has it.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import FlowMatchingPolicy, NormedMLP, OneStepPolicy
+        >>> from torchrl_mac.objectives import FlowBCLoss
+        >>> flow = FlowMatchingPolicy(NormedMLP(4 + 20 + 1, 20, num_cells=(32,)), action_dim=20)
+        >>> student = OneStepPolicy(NormedMLP(4 + 20, 20, num_cells=(32,)), action_dim=20)
+        >>> loss = FlowBCLoss(flow, student)
+        >>> loss_flow, loss_distillation = loss(
+        ...     observation=torch.randn(8, 4), action=torch.rand(8, 10, 2)
+        ... )
+        >>> (loss_flow + loss_distillation).backward()
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            action (NestedKey): the dataset's action. Defaults to ``"action"``.
+            flow_noise (NestedKey): optional noise of the flow term.
+            flow_time (NestedKey): optional times of the flow term.
+            distillation_noise (NestedKey): optional noise of the distillation term.
+            priority_weight (NestedKey): optional weight of each sample.
+        """
+
+        action: NestedKey = "action"
+        flow_noise: NestedKey = "flow_noise"
+        flow_time: NestedKey = "flow_time"
+        distillation_noise: NestedKey = "distillation_noise"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_flow", "loss_distillation"]  # noqa: RUF012 - TorchRL's convention
+
+    flow_policy: FlowMatchingPolicy
+    flow_policy_params: TensorDictParams
+    target_flow_policy_params: TensorDictParams
+    onestep_policy: OneStepPolicy
+    onestep_policy_params: TensorDictParams
+    target_onestep_policy_params: TensorDictParams
+
+    def __init__(
+        self,
+        flow_policy: FlowMatchingPolicy,
+        onestep_policy: OneStepPolicy,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.convert_to_functional(flow_policy, "flow_policy")
+        self.convert_to_functional(onestep_policy, "onestep_policy")
+        self.reduction = reduction
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the policies are conditioned on, and the action."""
+        conditions = [*self.flow_policy.in_keys[:-1], *self.onestep_policy.in_keys[:-1]]
+        return list(dict.fromkeys([*conditions, self.tensor_keys.action]))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Both terms, as a tensordict with the keys ``out_keys``."""
+        out = TensorDict(
+            loss_flow=self.flow_loss(tensordict),
+            loss_distillation=self.distillation_loss(tensordict),
+        )
+        self._clear_weakrefs(tensordict, out, "flow_policy_params", "onestep_policy_params")
+        return out
+
+    def flow_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The flow-matching regression of the behaviour policy."""
+        condition, action = self._condition_and_action(tensordict, self.flow_policy)
+        noise = tensordict.get(self.tensor_keys.flow_noise, None)
+        if noise is None:
+            noise = torch.randn_like(action)
+        time = tensordict.get(self.tensor_keys.flow_time, None)
+        if time is None:
+            time = torch.rand_like(action[..., :1])
+        with self.flow_policy_params.to_module(self.flow_policy):
+            velocity = self.flow_policy.velocity(
+                condition, (1 - time) * noise + time * action, time
+            )
+        return self._reduced(velocity - (action - noise), tensordict)
+
+    def distillation_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The regression of the student on the flow's samples."""
+        condition, action = self._condition_and_action(tensordict, self.onestep_policy)
+        noise = tensordict.get(self.tensor_keys.distillation_noise, None)
+        if noise is None:
+            noise = torch.randn_like(action)
+        with torch.no_grad(), self.flow_policy_params.to_module(self.flow_policy):
+            target = self.flow_policy(condition, noise)
+        with self.onestep_policy_params.to_module(self.onestep_policy):
+            sample = self.onestep_policy(condition, noise, clamp=False)
+        return self._reduced(sample - target, tensordict)
+
+    def _condition_and_action(
+        self, tensordict: TensorDictBase, policy: FlowMatchingPolicy | OneStepPolicy
+    ) -> tuple[Tensor, Tensor]:
+        condition = torch.cat([tensordict.get(key) for key in policy.in_keys[:-1]], -1)
+        return condition, tensordict.get(self.tensor_keys.action).flatten(condition.ndim - 1)
+
+    def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(error.square().mean(-1), tensordict, weights=weights)

@@ -1,0 +1,269 @@
+"""Learning values from imagined rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.envs.utils import step_mdp
+from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives.utils import dispatch_value_estimator
+
+from torchrl_mac.modules import FlowRejectionActor
+
+__all__ = ["ValueExpansionLoss"]
+
+
+class ValueExpansionLoss(LossModule):
+    r"""Trains V on the :math:`\lambda`-returns of imagined rollouts and Q one chunk ahead.
+
+    From each state of the batch the actor and the world model imagine ``imagination_horizon``
+    chunks :math:`(s^k, A^k, r^k, m^k, s^{k+1})`, where :math:`m = 0` once the task has ended.
+    With :math:`\Gamma = \gamma^h` for chunks of :math:`h` actions, a target network
+    :math:`\bar V` and stopped gradients on all targets,
+
+    .. math::
+
+        G^k &= r^k + \Gamma m^k [ (1 - \lambda) \bar V(s^{k+1}) + \lambda G^{k+1} ],
+        \qquad G^H = \bar V(s^H) \\
+        \mathcal L_{value} &= \mathrm{mean}_k ( V(s^k) - G^k )^2 \\
+        \mathcal L_{qvalue} &= ( Q(s^0, A^0) - [ r^0 + \Gamma m^0 V(s^1) ] )^2
+
+    (https://arxiv.org/abs/2512.08108). Q bootstraps from the online V and is fitted only at the
+    action the actor chose; V looks ahead as far as the rollout goes.
+
+    Args:
+        actor_network (FlowRejectionActor): chooses chunks by ``qvalue_network``. It is not
+            trained here: its policy's parameters are not this module's.
+        value_network (TensorDictModule): writes ``"state_value"`` ``[*, 1]``.
+        qvalue_network (TensorDictModule): writes ``"state_action_value"`` ``[*, 1]``; the same
+            module that ``actor_network`` ranks candidates with.
+        world_model (TensorDictModule): writes under ``"next"`` the state after a chunk, its
+            reward, ``done`` and ``terminated``, such as :class:`ChunkedWorldModel`. Not trained
+            here.
+
+    Keyword Args:
+        imagination_horizon (int, optional): the number of chunks imagined, H. Defaults to 10.
+        chunk_size (int, optional): the number of environment steps in a chunk, h. Defaults to
+            the actor's, or 1.
+        delay_value (bool, optional): whether V's targets come from a target network, to be
+            updated with :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; the rollout
+            is averaged first. Defaults to ``"mean"``.
+
+    The input holds what the actor reads (``"observation"`` ``[*, O]``). The rollout's noise
+    ``[*, H, N, D]``, for N candidates of D coordinates, is drawn unless the input has it as
+    ``"noise"``.
+
+    Raises:
+        ValueError: if ``imagination_horizon`` or ``chunk_size`` is smaller than 1.
+
+    .. note:: Set the discount, per environment step, with
+        ``make_value_estimator(gamma=0.999, lmbda=1.0)``; these are the defaults.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl.modules import ValueOperator
+        >>> from torchrl_mac.modules import (
+        ...     ChunkedWorldModel, FlowRejectionActor, NormedMLP, OneStepPolicy
+        ... )
+        >>> from torchrl_mac.objectives import ValueExpansionLoss
+        >>> cells = {"num_cells": (32,)}
+        >>> policy = OneStepPolicy(NormedMLP(4 + 20, 20, **cells), action_dim=20)
+        >>> value = ValueOperator(NormedMLP(4, 1, **cells))
+        >>> qvalue = ValueOperator(NormedMLP(24, 1, **cells), in_keys=["observation", "action"])
+        >>> actor = FlowRejectionActor(policy, qvalue, num_candidates=8, chunk_size=10)
+        >>> model = ChunkedWorldModel(*(NormedMLP(24, size, **cells) for size in (4, 1, 1)))
+        >>> loss = ValueExpansionLoss(actor, value, qvalue, model)
+        >>> loss.make_value_estimator(gamma=0.99, lmbda=1.0)
+        >>> loss_value, loss_qvalue = loss(observation=torch.randn(8, 4))
+        >>> (loss_value + loss_qvalue).backward()
+        >>> loss.imagine(TensorDict(observation=torch.randn(8, 4))).shape
+        torch.Size([8, 10])
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            value (NestedKey): the state value. Defaults to ``"state_value"``.
+            state_action_value (NestedKey): the value of a chunk. Defaults to
+                ``"state_action_value"``.
+            reward (NestedKey): the imagined reward. Defaults to ``"reward"``.
+            done (NestedKey): the imagined done. Defaults to ``"done"``.
+            terminated (NestedKey): the imagined termination. Defaults to ``"terminated"``.
+            noise (NestedKey): optional noise of the rollout. Defaults to ``"noise"``.
+            priority_weight (NestedKey): optional weight of each sample.
+        """
+
+        value: NestedKey = "state_value"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        noise: NestedKey = "noise"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TDLambda
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
+    out_keys = ["loss_value", "loss_qvalue"]  # noqa: RUF012
+
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: FlowRejectionActor,
+        value_network: TensorDictModule,
+        qvalue_network: TensorDictModule,
+        world_model: TensorDictModuleBase,
+        *,
+        imagination_horizon: int = 10,
+        chunk_size: int | None = None,
+        delay_value: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if chunk_size is None:
+            chunk_size = getattr(actor_network, "chunk_size", None) or 1
+        for name, number in (
+            ("imagination_horizon", imagination_horizon),
+            ("chunk_size", chunk_size),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
+        self.imagination_horizon = imagination_horizon
+        self.chunk_size = chunk_size
+        self.delay_value = delay_value
+        self.reduction = reduction
+        self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+        self.convert_to_functional(qvalue_network, "qvalue_network")
+        # Imagination only reads these: their parameters belong to other losses.
+        self.__dict__["actor_network"] = actor_network
+        self.__dict__["world_model"] = world_model
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the actor and the value networks read."""
+        keys = [*self.actor_network.in_keys, *self.value_network.in_keys]
+        return list(dict.fromkeys(keys))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Imagines from the batch and returns both terms."""
+        rollout = self.imagine(tensordict)
+        out = TensorDict(loss_value=self.value_loss(rollout), loss_qvalue=self.qvalue_loss(rollout))
+        self._clear_weakrefs(
+            tensordict,
+            out,
+            "value_network_params",
+            "target_value_network_params",
+            "qvalue_network_params",
+        )
+        return out
+
+    @torch.no_grad()
+    def imagine(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Imagines a rollout from each state, a tensordict of shape ``[*, H]``.
+
+        It has the layout of :meth:`~torchrl.envs.EnvBase.rollout`: what was seen and done at
+        its root, what followed under ``"next"``. All H steps are imagined, whether or not the
+        task has ended before.
+        """
+        noise = tensordict.get(self.tensor_keys.noise, None)
+        kept = [*self.in_keys, self.tensor_keys.priority_weight]
+        state = tensordict.select(*kept, strict=False)
+        # A tensordict made by dispatch has no batch size: the observation tells it.
+        state.batch_size = state.get(self.in_keys[0]).shape[:-1]
+        steps = []
+        for k in range(self.imagination_horizon):
+            if noise is not None:
+                state.set(self.actor_network.noise_key, noise[..., k, :, :])
+            step = self.world_model(self.actor_network(state))
+            steps.append(step)
+            state = step_mdp(step).select(*kept, strict=False)
+        return torch.stack(steps, -1)
+
+    def value_loss(self, rollout: TensorDictBase) -> Tensor:
+        """The regression of V on the returns of a rollout ``[*, H]``."""
+        target = self.value_target(rollout)
+        with self.value_network_params.to_module(self.value_network):
+            value = self._value(rollout)
+        error = (value - target).square().mean((-2, -1))
+        return self._reduced(error, rollout[..., 0])
+
+    def qvalue_loss(self, rollout: TensorDictBase) -> Tensor:
+        """The regression of Q on one imagined chunk, the first of a rollout ``[*, H]``."""
+        first = rollout[..., 0]
+        keys = self.tensor_keys
+        with torch.no_grad(), self.value_network_params.to_module(self.value_network):
+            next_value = self._value(step_mdp(first))
+        reward = first.get(("next", keys.reward))
+        alive = first.get(("next", keys.terminated)).logical_not()
+        target = reward + self.value_estimator.gamma * alive * next_value
+        with self.qvalue_network_params.to_module(self.qvalue_network):
+            qvalue = self.qvalue_network(first.select(*self.qvalue_network.in_keys))
+        error = (qvalue.get(keys.state_action_value) - target).square().mean(-1)
+        return self._reduced(error, first)
+
+    @torch.no_grad()
+    def value_target(self, rollout: TensorDictBase) -> Tensor:
+        """The returns ``[*, H, 1]`` that V is regressed on."""
+        with self.target_value_network_params.to_module(self.value_network):
+            next_value = self._value(step_mdp(rollout))
+        return self.value_estimator.value_estimate(rollout, next_value=next_value)
+
+    def _value(self, tensordict: TensorDictBase) -> Tensor:
+        value = self.value_network(tensordict.select(*self.value_network.in_keys))
+        return value.get(self.tensor_keys.value)
+
+    def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(error, tensordict, weights=weights)
+
+    def _forward_value_estimator_keys(self, **kwargs) -> None:
+        if self._value_estimator is not None:
+            keys = self.tensor_keys
+            self._value_estimator.set_keys(
+                value=keys.value, reward=keys.reward, done=keys.done, terminated=keys.terminated
+            )
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | None = None, **hyperparams: float
+    ) -> None:
+        """Chooses the return that V is trained on.
+
+        Args:
+            value_type (ValueEstimators, optional): ``TD0``, ``TD1`` or ``TDLambda`` (default).
+            **hyperparams: the estimator's; ``gamma`` is per environment step and defaults to
+                0.999, ``lmbda`` defaults to 1.
+        """
+        value_type = self.default_value_estimator if value_type is None else value_type
+        hyperparams.setdefault("gamma", 0.999)
+        hyperparams["gamma"] = hyperparams["gamma"] ** self.chunk_size
+        if value_type is ValueEstimators.TDLambda:
+            hyperparams.setdefault("lmbda", 1.0)
+        hyperparams.setdefault("device", self._default_device)
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            value_network=None,
+            **hyperparams,
+        )
+        self._forward_value_estimator_keys()

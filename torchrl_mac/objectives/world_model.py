@@ -1,0 +1,123 @@
+"""Fitting a chunked world model to a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch.nn import functional as F
+from torchrl.objectives import LossModule
+
+from torchrl_mac.modules import ChunkedWorldModel
+
+__all__ = ["ChunkedWorldModelLoss"]
+
+
+class ChunkedWorldModelLoss(LossModule):
+    r"""Fits dynamics, reward and termination of a :class:`ChunkedWorldModel` to chunks.
+
+    .. math::
+
+        \mathcal L_{dynamics} &= \| \hat s_{t+h} - s_{t+h} \|^2 \\
+        \mathcal L_{reward} &= ( \hat r - r )^2 \\
+        \mathcal L_{termination} &= \mathrm{BCE}(\mathrm{logit}, \mathrm{terminated})
+
+    with squares averaged over the state's coordinates (https://arxiv.org/abs/2512.08108). Each
+    of the model's networks learns from one term.
+
+    Args:
+        world_model (ChunkedWorldModel): the model.
+
+    Keyword Args:
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch. Defaults to
+            ``"mean"``.
+
+    The input holds what the model reads and, under ``"next"``, the state ``[*, O]`` after the
+    chunk, the chunk's reward ``[*, 1]`` and whether the task ended inside it (bool ``[*, 1]``).
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import ChunkedWorldModel, NormedMLP
+        >>> from torchrl_mac.objectives import ChunkedWorldModelLoss
+        >>> sizes = {"in_features": 4 + 10 * 2, "num_cells": (32,)}
+        >>> loss = ChunkedWorldModelLoss(
+        ...     ChunkedWorldModel(*(NormedMLP(out_features=size, **sizes) for size in (4, 1, 1)))
+        ... )
+        >>> loss_dynamics, loss_reward, loss_termination = loss(
+        ...     observation=torch.randn(8, 4),
+        ...     action=torch.rand(8, 10, 2),
+        ...     next_observation=torch.randn(8, 4),
+        ...     next_reward=torch.randn(8, 1),
+        ...     next_terminated=torch.zeros(8, 1, dtype=torch.bool),
+        ... )
+        >>> (loss_dynamics + loss_reward + loss_termination).backward()
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            observation (NestedKey): the state to predict, under ``"next"``. Defaults to
+                ``"observation"``.
+            reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
+            terminated (NestedKey): the termination, under ``"next"``. Defaults to
+                ``"terminated"``.
+            priority_weight (NestedKey): optional weight of each sample.
+        """
+
+        observation: NestedKey = "observation"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_dynamics", "loss_reward", "loss_termination"]  # noqa: RUF012
+
+    world_model: ChunkedWorldModel
+    world_model_params: TensorDictParams
+    target_world_model_params: TensorDictParams
+
+    def __init__(self, world_model: ChunkedWorldModel, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.convert_to_functional(world_model, "world_model")
+        self.reduction = reduction
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the model reads, and what it is compared with."""
+        keys = self.tensor_keys
+        truth = [("next", key) for key in (keys.observation, keys.reward, keys.terminated)]
+        return [*self.world_model.in_keys, *truth]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """The three terms, as a tensordict with the keys ``out_keys``."""
+        with self.world_model_params.to_module(self.world_model):
+            prediction = self.world_model(tensordict.select(*self.world_model.in_keys))
+        observation, reward, _, _, logit = (
+            prediction.get(key) for key in self.world_model.out_keys
+        )
+        keys = self.tensor_keys
+        true_observation, true_reward, terminated = (
+            tensordict.get(("next", key))
+            for key in (keys.observation, keys.reward, keys.terminated)
+        )
+        errors = {
+            "loss_dynamics": (observation - true_observation).square(),
+            "loss_reward": (reward - true_reward).square(),
+            "loss_termination": F.binary_cross_entropy_with_logits(
+                logit, terminated.to(logit.dtype), reduction="none"
+            ),
+        }
+        out = TensorDict({key: self._reduced(value, tensordict) for key, value in errors.items()})
+        self._clear_weakrefs(tensordict, out, "world_model_params")
+        return out
+
+    def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(error.mean(-1), tensordict, weights=weights)
