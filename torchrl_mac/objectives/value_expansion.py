@@ -172,7 +172,6 @@ class ValueExpansionLoss(LossModule):
             tensordict,
             out,
             "value_network_params",
-            "target_value_network_params",
             "qvalue_network_params",
         )
         return out
@@ -186,17 +185,20 @@ class ValueExpansionLoss(LossModule):
         task has ended before.
         """
         noise = tensordict.get(self.tensor_keys.noise, None)
-        kept = [*self.in_keys, self.tensor_keys.priority_weight]
-        state = tensordict.select(*kept, strict=False)
+        state = {key: tensordict.get(key) for key in self.in_keys}
+        weights = self._maybe_get_priority_weight(tensordict)
+        if weights is not None:
+            state[self.tensor_keys.priority_weight] = weights
         # A tensordict made by dispatch has no batch size: the observation tells it.
-        state.batch_size = state.get(self.in_keys[0]).shape[:-1]
+        state = TensorDict(state, batch_size=state[self.in_keys[0]].shape[:-1])
+        kept = list(state.keys(True, True))
         steps = []
         for k in range(self.imagination_horizon):
             if noise is not None:
                 state.set(self.actor_network.noise_key, noise[..., k, :, :])
             step = self.world_model(self.actor_network(state))
             steps.append(step)
-            state = step_mdp(step).select(*kept, strict=False)
+            state = step_mdp(step).select(*kept)
         return torch.stack(steps, -1)
 
     def value_loss(self, rollout: TensorDictBase) -> Tensor:
