@@ -106,11 +106,9 @@ class FlowBCLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Both terms, as a tensordict with the keys ``out_keys``."""
-        out = TensorDict(
-            loss_flow=self.flow_loss(tensordict),
-            loss_distillation=self.distillation_loss(tensordict),
-        )
+        """The terms in ``out_keys``; :meth:`select_out_keys` leaves out the work of the other."""
+        terms = {"loss_flow": self.flow_loss, "loss_distillation": self.distillation_loss}
+        out = TensorDict({key: terms[key](tensordict) for key in self.out_keys})
         self._clear_weakrefs(tensordict, out, "flow_policy_params", "onestep_policy_params")
         return out
 

@@ -165,9 +165,10 @@ class ValueExpansionLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Imagines from the batch and returns both terms."""
+        """Imagines from the batch and returns the terms in ``out_keys``."""
         rollout = self.imagine(tensordict)
-        out = TensorDict(loss_value=self.value_loss(rollout), loss_qvalue=self.qvalue_loss(rollout))
+        terms = {"loss_value": self.value_loss, "loss_qvalue": self.qvalue_loss}
+        out = TensorDict({key: terms[key](rollout) for key in self.out_keys})
         self._clear_weakrefs(
             tensordict,
             out,

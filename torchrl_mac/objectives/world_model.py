@@ -96,7 +96,7 @@ class ChunkedWorldModelLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The three terms, as a tensordict with the keys ``out_keys``."""
+        """The terms in ``out_keys``."""
         with self.world_model_params.to_module(self.world_model):
             prediction = self.world_model(tensordict.select(*self.world_model.in_keys))
         observation, reward, _, _, logit = (
@@ -114,7 +114,7 @@ class ChunkedWorldModelLoss(LossModule):
                 logit, terminated.to(logit.dtype), reduction="none"
             ),
         }
-        out = TensorDict({key: self._reduced(value, tensordict) for key, value in errors.items()})
+        out = TensorDict({key: self._reduced(errors[key], tensordict) for key in self.out_keys})
         self._clear_weakrefs(tensordict, out, "world_model_params")
         return out
 

@@ -1,0 +1,190 @@
+"""MAC, model-based RL with action chunks (https://arxiv.org/abs/2512.08108), on OGBench.
+
+    python examples/mac.py                                   # the paper's sizes, cube-single
+    python examples/mac.py preset=cpu                        # two CPU cores, about ten minutes
+    python examples/mac.py task=scene task_id=4 seed=1 wandb=online
+
+Every setting is in configs/. The dataset must be in `data_dir`:
+`torchrl-mac-data generate cube-single-play-v0 --out data`.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+
+if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchrl._utils import logger as torchrl_logger
+from torchrl.envs import DeviceCastTransform, RewardScaling, TransformedEnv
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger, WandbLogger
+
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    FlowRejectionActor,
+    NormedMLP,
+    OneStepPolicy,
+)
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
+from torchrl_mac.trainers import (
+    Evaluator,
+    OfflineTrainer,
+    Phase,
+    plot_curves,
+    write_summary,
+    write_video,
+)
+
+
+def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExperienceReplay:
+    """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}), normalised."""
+    buffer = OGBenchExperienceReplay(
+        cfg.dataset,
+        root=cfg.root,
+        source=cfg.data_dir,
+        split=split,
+        chunk_size=cfg.chunk_size,
+        gamma=cfg.gamma,
+        ignore_terminated=cfg.ignore_terminated,
+        generator=torch.Generator().manual_seed(cfg.seed),
+    )
+    buffer.append_transform(buffer.observation_norm())
+    if cfg.average_rewards:  # the mean of the chunk's discounted rewards instead of their sum
+        scaling = RewardScaling(loc=0.0, scale=1 / cfg.chunk_size, in_keys=[("next", "reward")])
+        buffer.append_transform(scaling)
+    buffer.append_transform(DeviceCastTransform(device))
+    return buffer
+
+
+def make_env(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.device, **kwargs):
+    """The simulator, with the dataset's normalisation."""
+    env = OGBenchEnv(cfg.dataset, device=device, **kwargs)
+    return TransformedEnv(env, buffer.observation_norm(in_keys=["observation"]))
+
+
+def make_losses(cfg: DictConfig, obs_dim: int, action_dim: int, device: torch.device):
+    """The networks and what trains them; also the actor for the real environment."""
+    h, chunk_dim = cfg.chunk_size, cfg.chunk_size * action_dim
+
+    def network(cells: list[int], inputs: int, outputs: int) -> NormedMLP:
+        return NormedMLP(inputs, outputs, cells, device=device)
+
+    # Behaviour: a flow over chunks, and its one-step student
+    flow = FlowMatchingPolicy(
+        network(cfg.policy_cells, obs_dim + chunk_dim + 1, chunk_dim), chunk_dim, cfg.flow_steps
+    ).to(device)
+    policy = OneStepPolicy(network(cfg.policy_cells, obs_dim + chunk_dim, chunk_dim), chunk_dim).to(
+        device
+    )
+
+    # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
+    world_model = ChunkedWorldModel(
+        *(network(cfg.model_cells, obs_dim + chunk_dim, size) for size in (obs_dim, 1, 1))
+    )
+
+    # Values: V(s), and Q(s, chunk) to choose chunks by
+    value = ValueOperator(network(cfg.value_cells, obs_dim, 1))
+    qvalue = ValueOperator(
+        network(cfg.value_cells, obs_dim + chunk_dim, 1), in_keys=["observation", "action"]
+    )
+    imagined, acting = (
+        FlowRejectionActor(policy, qvalue, num_candidates=candidates, chunk_size=h)
+        for candidates in (cfg.num_candidates, cfg.eval_num_candidates)
+    )
+
+    values = ValueExpansionLoss(
+        imagined, value, qvalue, world_model, imagination_horizon=cfg.imagination_horizon
+    )
+    values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    losses = {
+        "behaviour": FlowBCLoss(flow, policy),
+        "world_model": ChunkedWorldModelLoss(world_model),
+        "values": values,
+    }
+    return losses, acting
+
+
+@hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
+    torch.manual_seed(cfg.seed)
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+
+    buffer = make_buffer(cfg, device, "train")
+    obs_dim, action_dim = buffer.metadata["observation_dim"], buffer.metadata["action_dim"]
+    losses, actor = make_losses(cfg, obs_dim, action_dim, device)
+    evaluator = Evaluator(
+        lambda: make_env(cfg, buffer, device),
+        actor,
+        num_episodes=cfg.eval_episodes,
+        num_envs=cfg.eval_num_envs,
+        replan_interval=cfg.replan_interval,
+        seed=cfg.eval_seed,
+    )
+    csv = CSVLogger("logs", log_dir=str(output))
+    loggers = [csv]
+    if cfg.wandb != "disabled":
+        offline = cfg.wandb == "offline"
+        loggers.append(
+            WandbLogger(output.name, offline=offline, save_dir=str(output), project=cfg.project)
+        )
+    for logger in loggers:
+        logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
+
+    trainer = OfflineTrainer(
+        losses,
+        buffer,
+        [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)],
+        target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
+        validation_buffer=make_buffer(cfg, device, "val"),
+        evaluate=evaluator,
+        monitor=lambda: evaluator(cfg.eval_interim_episodes),
+        loggers=loggers,
+        log_interval=cfg.log_interval,
+        eval_interval=cfg.eval_interval,
+    )
+    result = trainer.train()
+
+    trainer.save(output / "checkpoint.pt")
+    summary = {
+        "success_rate": result.pop("success_rate"),
+        "episodes": cfg.eval_episodes,
+        **result,
+        "seed": cfg.seed,
+        "task": cfg.dataset,
+        "transitions": len(buffer),
+        "replan_interval": cfg.replan_interval,
+    }
+    write_summary(output / "summary.json", summary)
+    plot_curves(output / "curves.png", csv)
+    if cfg.video_episodes:
+        try:
+            frames = evaluator.record(
+                lambda: make_env(cfg, buffer, device, from_pixels=True), cfg.video_episodes
+            )
+            write_video(output / "evaluation.mp4", frames)
+        except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it
+            torchrl_logger.warning(f"No video: {error}")
+    evaluator.close()
+    torchrl_logger.info(
+        f"Success rate {summary['success_rate']:.2f} over {cfg.eval_episodes} episodes of "
+        f"{cfg.dataset}; summary, curves and video are in {output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a stretch of training trains, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Phase"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A number of updates that train chosen loss terms with one batch size and learning rate.
+
+    The reference implementation of MAC trains everything jointly, which is one phase. With
+    little compute it pays to learn the behaviour policy and the world model first and the
+    values on top of them, frozen.
+
+    Args:
+        name (str): names the phase in logs.
+        losses (sequence of str): the loss terms to train, such as ``"loss_flow"``.
+        num_updates (int): the number of updates.
+        batch_size (int): the number of samples in an update.
+        lr (float, optional): Adam's learning rate. Defaults to ``3e-4``.
+        schedule (str, optional): ``"constant"``, or ``"cosine"`` from ``lr`` down to 0 at the
+            phase's end. Defaults to ``"constant"``.
+        warmup_updates (int, optional): the number of updates over which the learning rate rises
+            linearly to ``lr``. Defaults to 0.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Examples:
+        >>> from torchrl_mac.trainers import Phase
+        >>> phase = Phase("values", ["loss_value", "loss_qvalue"], 100, 256, schedule="cosine")
+        >>> phase.lr_factor(0), round(phase.lr_factor(50), 3), phase.lr_factor(100)
+        (1.0, 0.5, 0.0)
+    """
+
+    name: str
+    losses: Sequence[str]
+    num_updates: int
+    batch_size: int
+    lr: float = 3e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in (("num_updates", 1), ("batch_size", 1), ("warmup_updates", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(
+                    f"Phase {self.name!r}: {key} must be at least {least}, "
+                    f"got {getattr(self, key)}."
+                )
+        if not self.lr > 0:
+            raise ValueError(f"Phase {self.name!r}: lr must be positive, got {self.lr}.")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(
+                f"Phase {self.name!r}: schedule must be 'constant' or 'cosine', "
+                f"got {self.schedule!r}."
+            )
+        if not self.losses:
+            raise ValueError(f"Phase {self.name!r} trains nothing: name at least one loss.")
+
+    def lr_factor(self, update: int) -> float:
+        """What ``lr`` is multiplied with at ``update``, counted from 0 in this phase."""
+        if update < self.warmup_updates:
+            return (update + 1) / self.warmup_updates
+        if self.schedule == "constant":
+            return 1.0
+        length = max(1, self.num_updates - self.warmup_updates)
+        progress = min(1.0, (update - self.warmup_updates) / length)
+        return 0.5 * (1 + math.cos(math.pi * progress))
