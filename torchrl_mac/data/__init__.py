@@ -1,5 +1,22 @@
 """Offline datasets: OGBench files as memory-mapped TorchRL replay buffers."""
 
-from torchrl_mac.data.names import OGBenchName
+from torchrl.data.datasets import register_dataset
 
-__all__ = ["OGBenchName"]
+from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.data.names import OGBenchName
+from torchrl_mac.data.ogbench import OGBenchExperienceReplay
+from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.statistics import ObservationStatistics
+from torchrl_mac.data.storage import ActionChunkStorage
+
+__all__ = [
+    "ActionChunkSampler",
+    "ActionChunkStorage",
+    "OGBenchExperienceReplay",
+    "OGBenchName",
+    "ObservationStatistics",
+    "generate_dataset",
+]
+
+# load_dataset("ogbench:cube-single-play-v0"); replace makes a second import harmless
+register_dataset("ogbench", "torchrl_mac.data:OGBenchExperienceReplay", replace=True)

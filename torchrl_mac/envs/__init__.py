@@ -1,0 +1,7 @@
+"""Environments: OGBench's own, and two that answer from a world model instead."""
+
+from torchrl_mac.envs.ogbench import OGBenchEnv
+from torchrl_mac.envs.world_model_env import ChunkedWorldModelEnv
+from torchrl_mac.envs.world_model_transform import ChunkedWorldModelTransform
+
+__all__ = ["ChunkedWorldModelEnv", "ChunkedWorldModelTransform", "OGBenchEnv"]

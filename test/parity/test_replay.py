@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import replay
+import torch
+from tensordict import TensorDict
+from torchrl.modules import ValueOperator
+
+from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
+
+FIXTURE = Path(__file__).parents[1] / "assets" / "mac_st.npz"
+
+
+def tampered(tmp_path, **changes):
+    """The fixture with some arrays scaled."""
+    with np.load(FIXTURE) as file:
+        arrays = {key: file[key] for key in file.files}
+    for key, factor in changes.items():
+        key = key.replace("__", "/")
+        arrays[key] = arrays[key] * factor
+    path = tmp_path / "tampered.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_replay_agrees_with_the_reference(capsys):
+    assert replay.main([str(FIXTURE)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["st"]["passed"]
+    names = report["st"]["all"]
+    assert set(names["loss"]) == {*replay.LOSSES, "total"}
+    modules = {key.split("/")[0] for key in names["parameter"]}
+    assert modules == {
+        *("dynamics", "value", "target_value", "critic"),
+        *("actor_flow", "actor_onestep_flow", "success", "reward"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("st__step0__official__loss__critic", "loss"),
+        ("st__step1__official__rollout_observations", "rollout"),
+        ("st__step1__official__rollout_returns", "return"),
+        ("st__step0__grad__dynamics__Dense_0__kernel", "gradient"),
+        ("st__step1__params_after__target_value__Dense_0__kernel", "parameter"),
+    ],
+)
+def test_replay_notices_a_difference(tmp_path, capsys, key, kind):
+    path = tampered(tmp_path, **{key: 1.01})
+    assert replay.main([str(path)]) == 1
+    errors = json.loads(capsys.readouterr().out)["st"]["largest_relative_error"]
+    failed = [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+    assert failed == [kind]
+
+
+def test_replay_refuses_other_files(tmp_path):
+    path = tmp_path / "other.npz"
+    np.savez(path, x=np.zeros(3))
+    with pytest.raises(SystemExit, match=r"other\.npz has no case 'st'"):
+        replay.main([str(path)])
+
+
+@pytest.mark.parametrize("case", ["eval_single", "eval_batch"])
+def test_actor_chooses_the_reference_chunk(case):
+    fixture = replay.Fixture(FIXTURE, "st")
+    networks = {}
+    for module in ("critic", "actor_onestep_flow"):
+        prefix = f"eval_params/{module}"
+        weights = [fixture[f"{prefix}/Dense_{i}/kernel"] for i in range(3)]
+        network = NormedMLP(
+            weights[0].shape[0], weights[-1].shape[1], [w.shape[1] for w in weights[:-1]]
+        )
+        with torch.no_grad():
+            for i, layer in enumerate(m for m in network.layers if isinstance(m, torch.nn.Linear)):
+                layer.weight.copy_(weights[i].T)
+                layer.bias.copy_(fixture[f"{prefix}/Dense_{i}/bias"])
+            norms = (m for m in network.layers if isinstance(m, torch.nn.LayerNorm))
+            for i, layer in enumerate(norms):
+                layer.weight.copy_(fixture[f"{prefix}/LayerNorm_{i}/scale"])
+                layer.bias.copy_(fixture[f"{prefix}/LayerNorm_{i}/bias"])
+        networks[module] = network
+    noises = fixture[f"{case}/noises"]
+    actor = FlowRejectionActor(
+        OneStepPolicy(networks["actor_onestep_flow"], noises.shape[-1]),
+        ValueOperator(networks["critic"], in_keys=["observation", "action"]),
+        num_candidates=noises.shape[0],
+        chunk_size=fixture.config["action_chunking"],
+    )
+    td = TensorDict(observation=fixture[f"{case}/observations"], noise=noises.movedim(0, -2))
+    td.auto_batch_size_(td["observation"].ndim - 1)
+    td = actor(td)
+    chunk = td["action"]
+    torch.testing.assert_close(
+        chunk.flatten(-2), fixture[f"{case}/full_chunk"], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        chunk[..., 0, :], fixture[f"{case}/official_action"], atol=1e-5, rtol=1e-4
+    )
+    best = fixture[f"{case}/q"].max(0).values
+    torch.testing.assert_close(td["chosen_action_value"].squeeze(-1), best, atol=1e-5, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

@@ -1,0 +1,9 @@
+"""``python -m torchrl_mac.data``: the same as ``torchrl-mac-data``."""
+
+import sys
+
+from torchrl_mac.data.cli import main
+
+# Worker processes import this module under another name.
+if __name__ == "__main__":
+    sys.exit(main())
