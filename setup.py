@@ -25,6 +25,7 @@ setup(
     packages=find_packages(include=["torchrl_mac", "torchrl_mac.*"]),
     package_data={"torchrl_mac": ["py.typed"]},
     install_requires=[
+        "filelock>=3.12",
         "gymnasium>=1.0",
         "mujoco>=3.1.6",
         "numpy>=1.26",

@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,7 @@ class PointMazeRollout(OracleRollout):
 
     def __init__(self, name: OGBenchName, settings: OfficialSettings | None = None) -> None:
         super().__init__(name, settings)
+        Path(self.env.fullpath).unlink()  # OGBench would leave this file in the temporary folder
         self._free = [tuple(cell) for cell in np.argwhere(self.env.maze_map == 0)]
         self._goals = [cell for cell in self._free if not self._in_corridor(*cell)]
         # OGBench searches the whole maze at every step, for the same few pairs of cells.

@@ -47,7 +47,7 @@ class ChunkedWorldModelTransform(Transform):
 
     Raises:
         ValueError: if ``chunk_size`` is smaller than 1.
-        KeyError: when attached to an environment without the entries that the model reads or
+        KeyError: when the specs are read, if the environment lacks entries that the model reads or
             writes.
 
     Examples:

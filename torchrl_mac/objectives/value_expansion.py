@@ -62,8 +62,8 @@ class ValueExpansionLoss(LossModule):
     Raises:
         ValueError: if ``imagination_horizon`` or ``chunk_size`` is smaller than 1.
 
-    .. note:: Set the discount, per environment step, with
-        ``make_value_estimator(gamma=0.999, lmbda=1.0)``; these are the defaults.
+    The discount, per environment step, is set with
+    ``make_value_estimator(gamma=0.999, lmbda=1.0)``; these are the defaults.
 
     Examples:
         >>> import torch
@@ -156,6 +156,7 @@ class ValueExpansionLoss(LossModule):
         # Imagination only reads these: their parameters belong to other losses.
         self.__dict__["actor_network"] = actor_network
         self.__dict__["world_model"] = world_model
+        self.make_value_estimator()
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.modules import ValueOperator
+
+from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
+from torchrl_mac.trainers import Evaluator
+
+H, A = 4, 2
+
+
+class Walk(EnvBase):
+    """Ends with success once the actions add up to 1; is truncated after 9 steps."""
+
+    def __init__(self):
+        super().__init__()
+        flag = Categorical(2, shape=(1,), dtype=torch.bool)
+        self.observation_spec = Composite(observation=Unbounded(2), success=flag)
+        self.action_spec = Bounded(-1, 1, (A,))
+        self.reward_spec = Unbounded(1)
+        self.full_done_spec = Composite(
+            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone()
+        )
+        self.generator = torch.Generator()
+        self.seen = []
+
+    def _set_seed(self, seed):
+        self.generator.manual_seed(seed)
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.steps = 0
+        self.at = torch.rand(1, generator=self.generator)
+        self.seen.append(self.at.item())
+        return TensorDict(
+            observation=torch.cat([self.at, torch.zeros(1)]), success=torch.zeros(1).bool()
+        )
+
+    def _step(self, tensordict):
+        self.steps += 1
+        self.at = self.at + tensordict["action"][..., :1]
+        success = self.at >= 1
+        return TensorDict(
+            observation=torch.cat([self.at, torch.tensor([self.steps / 10])]),
+            success=success,
+            reward=success.float() - 1,
+            terminated=success,
+            truncated=torch.tensor([self.steps == 9]),
+            done=success | (self.steps == 9),
+        )
+
+
+class Stub(nn.Module):
+    """A policy that always writes the same chunk, and counts how often it is asked."""
+
+    def __init__(self, pace):
+        super().__init__()
+        self.pace, self.asked = pace, 0
+
+    def forward(self, x):
+        self.asked += 1
+        return torch.full((*x.shape[:-1], H * A), self.pace)
+
+
+def make(pace, **kwargs):
+    stub = Stub(pace)
+    qvalue = ValueOperator(NormedMLP(2 + H * A, 1, [4]), in_keys=["observation", "action"])
+    actor = FlowRejectionActor(OneStepPolicy(stub, H * A), qvalue, num_candidates=3, chunk_size=H)
+    return Evaluator(Walk, actor, **kwargs), stub
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_success_return_and_length(num_envs):
+    evaluator, _ = make(0.25, num_episodes=5, num_envs=num_envs, seed=3)
+    metrics = evaluator()
+    rounds = -(-5 // num_envs)
+    starts = [env.seen[-rounds:] for env in evaluator._env.base_env._envs]
+    starts = [start for group in zip(*starts, strict=True) for start in group][:5]
+    lengths = torch.tensor([-(-(1 - start) // 0.25) for start in starts])
+    assert metrics["success_rate"] == 1.0
+    assert metrics["episode_length"] == pytest.approx(lengths.mean().item())
+    assert metrics["episode_return"] == pytest.approx((1 - lengths).mean().item())
+
+
+def test_failures_are_counted():
+    metrics = make(0.0, num_episodes=4, num_envs=2)[0]()
+    assert metrics == {"success_rate": 0.0, "episode_return": -9.0, "episode_length": 9.0}
+
+
+def test_a_part_of_the_episodes():
+    evaluator, _ = make(0.25, num_episodes=6, num_envs=2, seed=1)
+    assert evaluator(2) == evaluator(2)
+    assert evaluator(2) != evaluator()
+
+
+@pytest.mark.parametrize(("interval", "asked"), [(1, 9), (2, 5), (H, 3)])
+def test_replanning(interval, asked):
+    evaluator, stub = make(0.0, num_episodes=1, num_envs=1, replan_interval=interval)
+    evaluator()
+    assert stub.asked == asked  # nine steps
+
+
+def test_repeats_and_leaves_training_alone():
+    policy = OneStepPolicy(NormedMLP(2 + H * A, H * A, [4]), H * A)
+    qvalue = ValueOperator(NormedMLP(2 + H * A, 1, [4]), in_keys=["observation", "action"])
+    actor = FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
+    evaluator = Evaluator(Walk, actor, num_episodes=8, num_envs=4, seed=1)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = evaluator()
+    assert torch.equal(torch.rand(3), expected)
+    torch.rand(10)
+    assert evaluator() == first
+    evaluator.close()
+    assert evaluator() == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
+        ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"replan_interval": 0}, "between 1 and the chunk size 4, got 0"),
+        ({"replan_interval": 5}, "between 1 and the chunk size 4, got 5"),
+    ],
+)
+def test_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(0.0, **settings)
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger
+
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    FlowRejectionActor,
+    NormedMLP,
+    OneStepPolicy,
+)
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
+from torchrl_mac.trainers import (
+    OfflineTrainer,
+    Phase,
+    plot_curves,
+    versions,
+    write_summary,
+    write_video,
+)
+
+OBS, H, A = 3, 2, 2
+D = H * A
+TERMS = {
+    "flow_policy": "loss_flow",
+    "onestep_policy": "loss_distillation",
+    "dynamics_network": "loss_dynamics",
+    "reward_network": "loss_reward",
+    "termination_network": "loss_termination",
+    "loss.value_network": "loss_value",
+    "qvalue_network": "loss_qvalue",
+}
+
+
+def make_buffer():
+    generator = torch.Generator().manual_seed(0)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), generator=generator)
+    buffer.extend(
+        TensorDict(
+            observation=torch.randn(64, OBS),
+            action=torch.rand(64, H, A),
+            next=TensorDict(
+                observation=torch.randn(64, OBS),
+                reward=torch.randn(64, 1),
+                terminated=torch.zeros(64, 1, dtype=torch.bool),
+            ),
+        ).auto_batch_size_(1)
+    )
+    return buffer
+
+
+def make_losses():
+    def network(inputs, outputs):
+        return NormedMLP(inputs, outputs, [8])
+
+    flow = FlowMatchingPolicy(network(OBS + D + 1, D), D, 2)
+    policy = OneStepPolicy(network(OBS + D, D), D)
+    model = ChunkedWorldModel(*(network(OBS + D, n) for n in (OBS, 1, 1)))
+    value = ValueOperator(network(OBS, 1))
+    qvalue = ValueOperator(network(OBS + D, 1), in_keys=["observation", "action"])
+    actor = FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
+    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=2)
+    return {
+        "behaviour": FlowBCLoss(flow, policy),
+        "model": ChunkedWorldModelLoss(model),
+        "loss": values,
+    }
+
+
+def make_trainer(phases, **kwargs):
+    losses = make_losses()
+    updater = SoftUpdate(losses["loss"], tau=0.1)
+    kwargs.setdefault("progress_bar", False)
+    return OfflineTrainer(losses, make_buffer(), phases, target_updater=updater, **kwargs)
+
+
+def parameters(trainer):
+    return {
+        f"{name}.{key}": value.clone()
+        for name, loss in trainer.losses.items()
+        for key, value in loss.state_dict().items()
+    }
+
+
+class TestPhase:
+    def test_schedule(self):
+        phase = Phase("p", ["loss_flow"], 110, 8, schedule="cosine", warmup_updates=10)
+        assert phase.lr_factor(0) == 0.1
+        assert phase.lr_factor(9) == phase.lr_factor(10) == 1.0
+        assert phase.lr_factor(35) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+        assert phase.lr_factor(110) == 0.0
+        assert Phase("p", ["loss_flow"], 110, 8).lr_factor(109) == 1.0
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_updates": 0}, "num_updates must be at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
+            ({"lr": 0.0}, "lr must be positive"),
+            ({"schedule": "step"}, "'constant' or 'cosine', got 'step'"),
+            ({"losses": []}, "trains nothing"),
+        ],
+    )
+    def test_errors(self, change, message):
+        settings = {"name": "p", "losses": ["loss_flow"], "num_updates": 1, "batch_size": 1}
+        with pytest.raises(ValueError, match=message):
+            Phase(**{**settings, **change})
+
+
+class TestOfflineTrainer:
+    @pytest.mark.parametrize("trained", TERMS)
+    def test_a_phase_trains_what_it_names(self, trained):
+        trainer = make_trainer([Phase("p", [TERMS[trained]], 2, 8)])
+        before = parameters(trainer)
+        trainer.train()
+        for key, value in parameters(trainer).items():
+            if key.endswith(("weight", "bias")):
+                target = "target_value_network" in key  # follows its loss
+                expected = trained == "loss.value_network" if target else trained in key
+                assert (not torch.equal(value, before[key])) == expected, key
+
+    def test_phases_follow_one_another(self):
+        batches, rates = [], []
+        phases = [
+            Phase("one", ["loss_flow"], 3, 4, lr=1e-3),
+            Phase("two", ["loss_dynamics", "loss_value"], 2, 6, lr=1e-2, schedule="cosine"),
+        ]
+        trainer = make_trainer(phases)
+        sample = trainer.buffer.sample
+        trainer.buffer.sample = lambda n: batches.append(n) or sample(n)
+        begin = trainer._begin
+
+        def spy(phase):
+            update, schedule = begin(phase)
+            step = schedule.step
+            schedule.step = lambda: rates.append(schedule.get_last_lr()[0]) or step()
+            return update, schedule
+
+        trainer._begin = spy
+        result = trainer.train()
+        assert batches == [4, 4, 4, 6, 6]
+        assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-2, 5e-3])
+        assert result["updates"] == trainer.num_updates == 5
+        assert result["train_seconds"] > 0
+        assert set(trainer.losses["behaviour"].out_keys) == {"loss_flow", "loss_distillation"}
+
+    def test_logs_and_evaluations(self, tmp_path):
+        calls = []
+        csv = CSVLogger("logs", log_dir=str(tmp_path))
+        trainer = make_trainer(
+            [Phase("p", list(TERMS.values()), 5, 8)],
+            loggers=[csv],
+            validation_buffer=make_buffer(),
+            evaluate=lambda: calls.append("final") or {"success_rate": 0.5},
+            monitor=lambda: calls.append("interim") or {"success_rate": 0.25},
+            log_interval=2,
+            eval_interval=2,
+        )
+        result = trainer.train()
+        assert calls == ["interim", "interim", "final"]
+        assert result["success_rate"] == 0.5
+        scalars = csv.experiment.scalars
+        assert scalars["eval/success_rate"] == [(2, 0.25), (4, 0.25), (5, 0.5)]
+        for term in TERMS.values():
+            for split in ("train", "validation"):
+                steps = [step for step, _ in scalars[f"{split}/{term}"]]
+                assert steps == [2, 4, 5]
+        rows = (tmp_path / "logs/scalars/train/loss_flow.csv").read_text().splitlines()
+        assert len(rows) == 3
+        plot_curves(tmp_path / "curves.png", csv)
+        assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+    def test_checkpoint_round_trip(self, tmp_path):
+        trainer = make_trainer([Phase("p", list(TERMS.values()), 2, 8)])
+        trainer.train()
+        path = tmp_path / "checkpoint.pt"
+        trainer.save(path)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+        other = make_trainer([Phase("p", ["loss_flow"], 2, 8)])
+        other.load_state_dict(torch.load(path, weights_only=True))
+        assert other.updates == 2
+        saved = parameters(trainer)
+        for key, value in parameters(other).items():
+            assert torch.equal(value, saved[key]), key
+
+    def test_a_failed_save_keeps_the_old_file(self, tmp_path, monkeypatch):
+        trainer = make_trainer([Phase("p", ["loss_flow"], 1, 8)])
+        path = tmp_path / "checkpoint.pt"
+        trainer.save(path)
+        before = path.read_bytes()
+
+        def full(state, file):
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            trainer.save(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+    def test_the_same_seed_trains_the_same(self):
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            trainer = make_trainer([Phase("p", list(TERMS.values()), 3, 8)])
+            trainer.train()
+            runs.append(parameters(trainer))
+        assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"Phase 'p' trains \['loss_nothing'\]"):
+            make_trainer([Phase("p", ["loss_nothing"], 1, 8)])
+        losses = make_losses()
+        twice = {"a": losses["model"], "b": losses["model"]}
+        with pytest.raises(ValueError, match="same name"):
+            OfflineTrainer(twice, make_buffer(), [])
+
+
+class TestReport:
+    def test_summary(self, tmp_path):
+        path = tmp_path / "summary.json"
+        write_summary(path, {"success_rate": 0.5})
+        summary = json.loads(path.read_text())
+        assert summary == {"success_rate": 0.5, "versions": versions()}
+        assert summary["versions"]["torch"] == torch.__version__
+
+    def test_video(self, tmp_path):
+        av = pytest.importorskip("av")
+        episodes = [torch.randint(255, (n, 64, 48, 3), dtype=torch.uint8) for n in (5, 7)]
+        path = tmp_path / "video.mp4"
+        write_video(path, episodes, fps=10)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.height, stream.width, stream.average_rate) == (64, 48, 10)
+            assert sum(1 for _ in container.decode(stream)) == 12
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
