@@ -90,7 +90,8 @@ class OGBenchName:
             )
         if behaviour not in _BEHAVIOURS[env]:
             raise ValueError(
-                f"{env!r} has no {behaviour!r} data (in {name!r}); choose one of {_BEHAVIOURS[env]}."
+                f"{env!r} has no {behaviour!r} data (in {name!r}); "
+                f"choose one of {_BEHAVIOURS[env]}."
             )
         mode: Literal["goal", "oraclerep", "singletask"] = "goal"
         if match["goal"]:

@@ -167,7 +167,9 @@ class ValueExpansionLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Imagines from the batch and returns the terms in ``out_keys``."""
-        rollout = self.imagine(tensordict)
+        # Q looks at the first imagined chunk only.
+        horizon = self.imagination_horizon if "loss_value" in self.out_keys else 1
+        rollout = self.imagine(tensordict, horizon)
         terms = {"loss_value": self.value_loss, "loss_qvalue": self.qvalue_loss}
         out = TensorDict({key: terms[key](rollout) for key in self.out_keys})
         self._clear_weakrefs(
@@ -179,12 +181,14 @@ class ValueExpansionLoss(LossModule):
         return out
 
     @torch.no_grad()
-    def imagine(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def imagine(
+        self, tensordict: TensorDictBase, imagination_horizon: int | None = None
+    ) -> TensorDictBase:
         """Imagines a rollout from each state, a tensordict of shape ``[*, H]``.
 
-        It has the layout of :meth:`~torchrl.envs.EnvBase.rollout`: what was seen and done at
-        its root, what followed under ``"next"``. All H steps are imagined, whether or not the
-        task has ended before.
+        ``H`` is ``imagination_horizon``, by default this module's. The rollout has the layout of
+        :meth:`~torchrl.envs.EnvBase.rollout`: what was seen and done at its root, what followed
+        under ``"next"``. All H steps are imagined, whether or not the task has ended before.
         """
         noise = tensordict.get(self.tensor_keys.noise, None)
         state = {key: tensordict.get(key) for key in self.in_keys}
@@ -195,7 +199,7 @@ class ValueExpansionLoss(LossModule):
         state = TensorDict(state, batch_size=state[self.in_keys[0]].shape[:-1])
         kept = list(state.keys(True, True))
         steps = []
-        for k in range(self.imagination_horizon):
+        for k in range(imagination_horizon or self.imagination_horizon):
             if noise is not None:
                 state.set(self.actor_network.noise_key, noise[..., k, :, :])
             step = self.world_model(self.actor_network(state))
