@@ -1,0 +1,86 @@
+"""Every example, for about 20 updates, on real environments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrl_mac.data import generate_dataset
+
+ROOT = Path(__file__).parents[2]
+TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
+TERMS += [f"loss_{term}" for term in ("termination", "value", "qvalue")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generate_dataset(
+        "cube-single-play-v0",
+        folder,
+        episodes=3,
+        val_episodes=1,
+        steps=81,
+        workers=1,
+        progress=False,
+    )
+    return folder
+
+
+def run(data, output, *overrides):
+    command = [
+        *(sys.executable, ROOT / "examples/mac.py", "preset=cpu", f"data_dir={data}"),
+        *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
+        *("model_cells=[16,16]", "value_cells=[16]", "log_interval=5", "eval_interval=10"),
+        *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
+        *overrides,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=env, cwd=data
+    )
+
+
+@pytest.mark.slow
+def test_mac(data, tmp_path):
+    phase = "{{name: {}, losses: [{}], num_updates: 10, batch_size: 8, lr: 1e-3}}"
+    joint, alone = phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")
+    phases = f"phases=[{joint},{alone}]"
+    result = run(data, tmp_path / "run", phases, "wandb=offline")
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    expected = {"success_rate", "episodes", "updates", "train_seconds", "seed", "task", "versions"}
+    assert expected <= set(summary)
+    assert summary["updates"] == 20
+    assert summary["episodes"] == 2
+    assert summary["task"] == "cube-single-play-singletask-task2-v0"
+    assert 0 <= summary["success_rate"] <= 1
+    assert (tmp_path / "run/curves.png").stat().st_size > 10_000
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["updates"] == 20
+    scalars = tmp_path / "run/logs/scalars"
+    assert len((scalars / "train/loss_qvalue.csv").read_text().splitlines()) == 4
+    assert len((scalars / "eval/success_rate.csv").read_text().splitlines()) == 2
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+def test_mac_says_what_is_missing(data, tmp_path):
+    result = run(data, tmp_path / "run", "task=scene")
+    assert result.returncode != 0
+    assert "scene-play-v0.npz" in result.stderr
+
+
+def test_configs_cover_the_paper():
+    tasks = {path.stem for path in (ROOT / "configs/task").glob("*.yaml")}
+    assert tasks == {"cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"}
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

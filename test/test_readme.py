@@ -1,0 +1,44 @@
+"""The README's Python runs, from top to bottom, as a newcomer would run it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    generator = np.random.default_rng(0)
+    for split in ("", "-val"):
+        np.savez(
+            tmp_path / f"data/cube-single-play-v0{split}.npz",
+            observations=generator.normal(size=(120, 28)).astype(np.float32),
+            actions=generator.uniform(-1, 1, size=(120, 5)).astype(np.float32),
+            qpos=generator.normal(size=(120, 21)).astype(np.float32),
+            qvel=generator.normal(size=(120, 20)).astype(np.float32),
+            terminals=np.arange(120) % 40 == 39,
+        )
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert names["batch"]["action"].shape == (256, 10, 5)
+    assert names["rollout"].shape == (256, 10)
+
+
+def test_readme_names_files_that_exist():
+    named = re.findall(r"`((?:configs|examples|test|torchrl_mac)/[^`\s]*)`", README.read_text())
+    assert named
+    for path in named:
+        assert (README.parent / path).exists(), path
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
