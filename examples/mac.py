@@ -90,7 +90,9 @@ def make_losses(cfg: DictConfig, obs_dim: int, action_dim: int, device: torch.de
 
     # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
     world_model = ChunkedWorldModel(
-        *(network(cfg.model_cells, obs_dim + chunk_dim, size) for size in (obs_dim, 1, 1))
+        network(cfg.dynamics_cells, obs_dim + chunk_dim, obs_dim),
+        network(cfg.head_cells, obs_dim + chunk_dim, 1),
+        network(cfg.head_cells, obs_dim + chunk_dim, 1),
     )
 
     # Values: V(s), and Q(s, chunk) to choose chunks by
@@ -155,7 +157,6 @@ def main(cfg: DictConfig) -> None:
         monitor=lambda: evaluator(cfg.eval_interim_episodes),
         loggers=loggers,
         log_interval=cfg.log_interval,
-        eval_interval=cfg.eval_interval,
     )
     result = trainer.train()
 

@@ -37,7 +37,13 @@ def run(data, output, *overrides):
     command = [
         *(sys.executable, ROOT / "examples/mac.py", "preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
-        *("model_cells=[16,16]", "value_cells=[16]", "log_interval=5", "eval_interval=10"),
+        *(
+            "dynamics_cells=[16,16]",
+            "head_cells=[16]",
+            "value_cells=[16]",
+            "log_interval=5",
+            "eval_interval=10",
+        ),
         *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
         *overrides,
     ]
@@ -49,7 +55,7 @@ def run(data, output, *overrides):
 
 @pytest.mark.slow
 def test_mac(data, tmp_path):
-    phase = "{{name: {}, losses: [{}], num_updates: 10, batch_size: 8, lr: 1e-3}}"
+    phase = "{{name: {}, losses: [{}], num_updates: 10, batch_size: 8, eval_interval: 10}}"
     joint, alone = phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")
     phases = f"phases=[{joint},{alone}]"
     result = run(data, tmp_path / "run", phases, "wandb=offline")

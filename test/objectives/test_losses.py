@@ -4,10 +4,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch.nn import functional as F
+from torchrl.data import Bounded, Unbounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
+from torchrl_mac.envs import ChunkedWorldModelEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,
     FlowMatchingPolicy,
@@ -401,6 +403,26 @@ class TestInterface:
         assert torch.equal(
             rollout["observation"][:, :, 1:], rollout["next", "observation"][:, :, :-1]
         )
+
+    def test_imagination_equals_the_environment(self):
+        loss, start = value_expansion(), batch().select("observation", "noise")
+        env = ChunkedWorldModelEnv(
+            loss.world_model, Unbounded(OBS), Bounded(-1, 1, (A,)), chunk_size=H
+        )
+        noise = start.pop("noise")
+        steps = iter(noise.unbind(1))
+
+        def policy(tensordict):
+            return loss.actor_network(tensordict.set("noise", next(steps)))
+
+        with torch.no_grad():
+            theirs = env.rollout(
+                K, policy, tensordict=start.clone(), set_state=True, break_when_any_done=False
+            )
+        ours = loss.imagine(start.set("noise", noise))
+        next_keys = [("next", key) for key in ("observation", "reward", "terminated", "done")]
+        for key in ("observation", "action", "chosen_action_value", *next_keys):
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-6, rtol=1e-6)
 
 
 class TestUpdate:

@@ -106,6 +106,7 @@ class TestPhase:
             ({"num_updates": 0}, "num_updates must be at least 1, got 0"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
+            ({"eval_interval": -1}, "eval_interval must be at least 0"),
             ({"lr": 0.0}, "lr must be positive"),
             ({"schedule": "step"}, "'constant' or 'cosine', got 'step'"),
             ({"losses": []}, "trains nothing"),
@@ -158,13 +159,12 @@ class TestOfflineTrainer:
         calls = []
         csv = CSVLogger("logs", log_dir=str(tmp_path))
         trainer = make_trainer(
-            [Phase("p", list(TERMS.values()), 5, 8)],
+            [Phase("p", list(TERMS.values()), 5, 8, eval_interval=2)],
             loggers=[csv],
             validation_buffer=make_buffer(),
             evaluate=lambda: calls.append("final") or {"success_rate": 0.5},
             monitor=lambda: calls.append("interim") or {"success_rate": 0.25},
             log_interval=2,
-            eval_interval=2,
         )
         result = trainer.train()
         assert calls == ["interim", "interim", "final"]

@@ -37,6 +37,9 @@ class FlowMatchingModel(nn.Module):
         torch.Size([3, 6])
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         velocity_network: nn.Module,
@@ -89,6 +92,9 @@ class OneStepModel(nn.Module):
         >>> model(torch.randn(3, 4)).shape
         torch.Size([3, 6])
     """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key_list
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class _FlowPolicy(TensorDictModuleBase):
     one); conditions are concatenated in the order of ``in_keys``. The last key is the noise,
     drawn when the input does not have it.
     """
+
+    model: Any  # a FlowMatchingModel or a OneStepModel
 
     def __init__(
         self, model: nn.Module, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]
@@ -42,10 +45,10 @@ class _FlowPolicy(TensorDictModuleBase):
         return self.model.action_dim
 
     def forward(
-        self, tensordict: TensorDictBase | Tensor, noise: Tensor | None = None, **kwargs
+        self, tensordict: TensorDictBase | Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> TensorDictBase | Tensor:
         """Writes the action into a tensordict, or maps tensors ``(condition, noise)`` to it."""
-        if not is_tensor_collection(tensordict):
+        if isinstance(tensordict, Tensor):
             return self.model(tensordict, noise, **kwargs)
         *conditions, noise_key = self.in_keys
         condition = torch.cat([tensordict.get(key) for key in conditions], -1)

@@ -244,7 +244,7 @@ class ValueExpansionLoss(LossModule):
         weights = self._maybe_get_priority_weight(tensordict)
         return self._reduce_loss(error, tensordict, weights=weights)
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         if self._value_estimator is not None:
             keys = self.tensor_keys
             self._value_estimator.set_keys(

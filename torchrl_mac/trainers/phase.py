@@ -28,6 +28,8 @@ class Phase:
             phase's end. Defaults to ``"constant"``.
         warmup_updates (int, optional): the number of updates over which the learning rate rises
             linearly to ``lr``. Defaults to 0.
+        eval_interval (int, optional): the number of updates between two evaluations in this
+            phase; 0 (default) for none.
 
     Raises:
         ValueError: if a number is out of range.
@@ -46,9 +48,11 @@ class Phase:
     lr: float = 3e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_updates: int = 0
+    eval_interval: int = 0
 
     def __post_init__(self) -> None:
-        for key, least in (("num_updates", 1), ("batch_size", 1), ("warmup_updates", 0)):
+        least_of = {"num_updates": 1, "batch_size": 1, "warmup_updates": 0, "eval_interval": 0}
+        for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise ValueError(
                     f"Phase {self.name!r}: {key} must be at least {least}, "

@@ -39,11 +39,10 @@ class OfflineTrainer:
             without an update, each time something is logged.
         evaluate (callable, optional): returns a dict of metrics, such as an
             :class:`~torchrl_mac.trainers.Evaluator`. Called after the last update.
-        monitor (callable, optional): the same, every ``eval_interval`` updates before that.
-            Usually cheaper. Defaults to ``evaluate``.
+        monitor (callable, optional): the same, every ``eval_interval`` updates of a phase before
+            that. Usually cheaper. Defaults to ``evaluate``.
         loggers (sequence of Logger, optional): TorchRL loggers.
         log_interval (int, optional): in updates. Defaults to 1000.
-        eval_interval (int, optional): in updates; 0 (default) evaluates only at the end.
         progress_bar (bool, optional): defaults to ``True``.
 
     Raises:
@@ -91,7 +90,6 @@ class OfflineTrainer:
         monitor: Callable[[], Mapping[str, float]] | None = None,
         loggers: Sequence[Logger] = (),
         log_interval: int = 1000,
-        eval_interval: int = 0,
         progress_bar: bool = True,
     ) -> None:
         self.losses = dict(losses)
@@ -103,7 +101,6 @@ class OfflineTrainer:
         self.monitor = evaluate if monitor is None else monitor
         self.loggers = list(loggers)
         self.log_interval = log_interval
-        self.eval_interval = eval_interval
         self.progress_bar = progress_bar
         self.updates = 0
         self._check_phases()
@@ -140,7 +137,7 @@ class OfflineTrainer:
                 update, schedule = self._begin(phase)
                 bar.set_description(phase.name)
                 clock.start()
-                for _ in range(phase.num_updates):
+                for step in range(1, phase.num_updates + 1):
                     losses = update(self.buffer.sample(phase.batch_size))
                     schedule.step()
                     self.updates += 1
@@ -148,7 +145,7 @@ class OfflineTrainer:
                     last = self.updates == self.num_updates
                     if self.updates % self.log_interval == 0 or last:
                         self._log_losses(phase, losses, update, bar)
-                    if last or (self.eval_interval and self.updates % self.eval_interval == 0):
+                    if last or (phase.eval_interval and step % phase.eval_interval == 0):
                         seconds += clock.elapsed()
                         metrics = self._evaluate(self.evaluate if last else self.monitor)
                         clock.start()
