@@ -406,6 +406,8 @@ class TestInterface:
 
     def test_imagination_equals_the_environment(self):
         loss, start = value_expansion(), batch().select("observation", "noise")
+        # An environment starts anew where the task ends; imagination goes on.
+        torch.nn.init.constant_(loss.world_model.termination_network.layers[-1].bias, -100.0)
         env = ChunkedWorldModelEnv(
             loss.world_model, Unbounded(OBS), Bounded(-1, 1, (A,)), chunk_size=H
         )
