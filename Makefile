@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SEED ?= 0
 WORKERS ?= 2
-EPISODES ?= 200
+EPISODES ?= 160
 DATASET := cube-single-play-v0
 
 .PHONY: run test lint format setup renderer clean
