@@ -42,7 +42,6 @@ def run(data, output, *overrides):
             "head_cells=[16]",
             "value_cells=[16]",
             "log_interval=5",
-            "eval_interval=10",
         ),
         *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
         *overrides,
