@@ -1,7 +1,7 @@
 """MAC, model-based RL with action chunks (https://arxiv.org/abs/2512.08108), on OGBench.
 
     python examples/mac.py                                   # the paper's sizes, cube-single
-    python examples/mac.py preset=cpu                        # two CPU cores, about ten minutes
+    python examples/mac.py preset=cpu                        # small networks, for two CPU cores
     python examples/mac.py task=scene task_id=4 seed=1 wandb=online
 
 Every setting is in configs/. The dataset must be in `data_dir`:
