@@ -173,11 +173,7 @@ class TestExactNumbers:
         loss, td = value_expansion(), batch()
         loss.make_value_estimator(kind, gamma=0.9)
         rollout = loss.imagine(td)
-        last = {
-            ValueEstimators.TD0: loss.value_target(rollout)[:, -1],
-            ValueEstimators.TD1: loss.value_target(rollout)[:, -1],
-            ValueEstimators.TDLambda: loss.value_target(rollout)[:, -1],
-        }[kind]
+        last = loss.value_target(rollout)[:, -1]  # the same for all: nothing follows
         final = rollout[:, -1]
         with torch.no_grad(), loss.target_value_network_params.to_module(loss.value_network):
             following = loss.value_network.module(final["next", "observation"])
@@ -251,12 +247,10 @@ class TestInterface:
     @pytest.mark.parametrize("make", LOSSES)
     def test_dispatch(self, make):
         loss, td = make(), batch()
-        read = [*loss.in_keys, "flow_noise", "flow_time", "distillation_noise", "noise"]
         given = {"_".join(k) if isinstance(k, tuple) else k: td[k] for k in loss.in_keys}
         out = loss(**given)
         assert len(out) == len(loss.out_keys)
         assert all(torch.isfinite(value) for value in out)
-        assert set(loss.in_keys) <= set(read)
 
     @pytest.mark.parametrize("make", LOSSES)
     def test_priority_weights(self, make):
