@@ -16,11 +16,13 @@ import os
 if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL
     os.environ.setdefault("MUJOCO_GL", "egl")
 
+from functools import partial
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import DeviceCastTransform, RewardScaling, TransformedEnv
 from torchrl.modules import ValueOperator
@@ -76,9 +78,10 @@ def make_env(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.dev
 def make_losses(cfg: DictConfig, obs_dim: int, action_dim: int, device: torch.device):
     """The networks and what trains them; also the actor for the real environment."""
     h, chunk_dim = cfg.chunk_size, cfg.chunk_size * action_dim
+    activation = {"gelu": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}[cfg.activation]
 
     def network(cells: list[int], inputs: int, outputs: int) -> NormedMLP:
-        return NormedMLP(inputs, outputs, cells, device=device)
+        return NormedMLP(inputs, outputs, cells, activation_class=activation, device=device)
 
     # Behaviour: a flow over chunks, and its one-step student
     flow = FlowMatchingPolicy(

@@ -231,8 +231,6 @@ def test_names_and_splits_are_checked(tmp_path):
         OGBenchExperienceReplay("pointmaze-medium-navigate-singletask-task6-v0", root=tmp_path)
     with pytest.raises(ValueError, match="split must be 'train' or 'val', got 'test'"):
         OGBenchExperienceReplay(NAME, root=tmp_path, split="test")
-    with pytest.raises(NotImplementedError, match="oracle representations"):
-        OGBenchExperienceReplay("pointmaze-medium-navigate-oraclerep-v0", root=tmp_path)
 
 
 def test_delete(folders):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ogbench_files import LENGTHS, VAL_LENGTHS, make_arrays
 
-from torchrl_mac.data import ObservationStatistics, OGBenchExperienceReplay, conversion
+from torchrl_mac.data import ObservationStatistics, OGBenchExperienceReplay, columns
 
 NAME = "cube-single-play-v0"
 ROWS = sum(LENGTHS)
@@ -39,7 +39,7 @@ BAD_ARRAYS = {
     "missing key": ({"actions": None}, r"has no 'actions'.*generate it again"),
     "wrong shape": ({"observations": np.zeros((ROWS, 2, 3), "f4")}, r"'observations' is.*\(68, 2"),
     "wrong dtype": ({"actions": np.zeros((ROWS, 5), int)}, r"'actions' is int64.*floats"),
-    "pickled": ({"terminals": np.array([None] * ROWS)}, r"'terminals' cannot be read"),
+    "pickled": ({"terminals": np.array([None] * ROWS)}, r"'terminals' is object"),
     "row counts": ({"actions": np.zeros((ROWS - 1, 5), "f4")}, r"\[68, 67, 68\] rows"),
     "no rows": (
         {
@@ -49,8 +49,8 @@ BAD_ARRAYS = {
         },
         "at least one",
     ),
-    "NaN": (with_value("observations", 7, np.nan), r"'observations' has NaN.*first is row 7"),
-    "infinity": (with_value("actions", 9, -np.inf), r"'actions' has NaN.*first is row 9"),
+    "NaN": (with_value("observations", 7, np.nan), r"'observations' has NaN.*first in row 7"),
+    "infinity": (with_value("actions", 9, -np.inf), r"'actions' has NaN.*first in row 9"),
     "open end": (with_value("terminals", -1, False), r"'terminals' does not end the last episode"),
     "large action": (with_value("actions", 3, 1.5), r"'actions' reach 1.5.*outside \[-1, 1\]"),
 }
@@ -153,7 +153,7 @@ def test_reused_without_the_source(write_npz, tmp_path, monkeypatch):
     def fail(*args):
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(conversion, "write_rows", fail)
+    monkeypatch.setattr(columns.ColumnWriter, "write", fail)
     for kwargs in ({}, {"source": source}):
         buffer = OGBenchExperienceReplay(NAME, root=tmp_path / "root", **kwargs)
         assert (buffer[:] == expected).all()
@@ -174,7 +174,7 @@ def test_a_download_of_ogbench_does_not_replace_a_conversion(write_npz, tmp_path
 def test_another_source_is_noticed(write_npz, tmp_path):
     OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=write_npz())
     source = write_npz(**with_value("observations", 0, 9.0))
-    with pytest.raises(ValueError, match=r"is not the file that .* was converted from"):
+    with pytest.raises(ValueError, match=r"is not what .* was converted from"):
         OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=source)
 
 
@@ -182,19 +182,19 @@ def test_another_layout_is_refused(write_npz, tmp_path):
     buffer = OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=write_npz())
     file = buffer.data_path / "metadata.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0}))
-    with pytest.raises(ValueError, match=r"layout 0, expected 1\); delete it"):
+    with pytest.raises(ValueError, match=r"layout 0, expected 2\); delete it"):
         OGBenchExperienceReplay(NAME, root=tmp_path / "root")
 
 
 def test_full_disk(write_npz, tmp_path, monkeypatch):
     written = []
 
-    def write(path, array):
-        written.append(path)
+    def write(writer, key, block):
+        written.append(key)
         if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(conversion, "_write_array", write)
+    monkeypatch.setattr(columns.ColumnWriter, "write", write)
     with pytest.raises(OSError, match=r"disk of .* is full: 1 MiB are needed.*root=") as error:
         OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=write_npz(lengths=(9000,)))
     assert error.value.errno == errno.ENOSPC
@@ -204,7 +204,7 @@ def test_full_disk(write_npz, tmp_path, monkeypatch):
 def test_too_little_space_is_noticed_before_writing(write_npz, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(conversion, "_write_array", lambda *args: pytest.fail("wrote"))
+    monkeypatch.setattr(columns.ColumnWriter, "write", lambda *args: pytest.fail("wrote"))
     with pytest.raises(OSError, match="is full"):
         OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=write_npz())
 
@@ -241,14 +241,14 @@ processes.set_forkserver_preload(["torchrl_mac.data"])
 
 
 def convert_slowly(root, source, seconds, reports):
-    write = conversion._write_array
+    write = columns.ColumnWriter.write
 
-    def write_slowly(path, array):
-        write(path, array)
+    def write_slowly(writer, key, block):
+        write(writer, key, block)
         reports.put("column")
         time.sleep(seconds)
 
-    conversion._write_array = write_slowly
+    columns.ColumnWriter.write = write_slowly
     OGBenchExperienceReplay(NAME, root=root, source=source)
     reports.put("ogbench imported" if "ogbench" in sys.modules else "done")
 
@@ -286,9 +286,10 @@ def test_two_processes_convert_at_once(write_npz, tmp_path):
     assert len(OGBenchExperienceReplay(NAME, root=root)) == ROWS
 
 
-def test_statistics_are_those_of_the_rows():
+def test_statistics_are_those_of_the_rows(monkeypatch):
+    monkeypatch.setattr("torchrl_mac.data.statistics._BLOCK", 7)
     rows = make_arrays(NAME, (40,), seed=3)["observations"]
-    statistics = ObservationStatistics.from_rows(rows, block=7)
+    statistics = ObservationStatistics.from_rows(rows)
     for name in ("min", "max", "mean", "std"):
         expected = getattr(rows.astype(np.float64), name)(0)
         np.testing.assert_allclose(getattr(statistics, name).numpy(), expected, rtol=1e-6)

@@ -1,19 +1,24 @@
-"""Generated datasets: same bytes for any number of workers, OGBench's format, all or nothing."""
+"""Generated datasets: same bytes however they are made, OGBench's format, resumed when killed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,25 +26,55 @@ import gymnasium
 import numpy as np
 import ogbench
 import pytest
+from filelock import FileLock
 
 from torchrl_mac.data import cli, generate
 from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.parallel import make_episodes
+from torchrl_mac.data.parallel import Job, make_episodes
 from torchrl_mac.data.rollouts import OfficialSettings, OracleRollout
+from torchrl_mac.data.shards import RowFiles
 
 CUBE = "cube-single-play-v0"
 MAZE = "pointmaze-medium-navigate-v0"
 
 
+QUICK = {"episodes": 3, "val_episodes": 2, "steps": 40, "workers": 1, "progress": False}
+
+
 def quickly(name, out, **kwargs):
-    defaults = {"episodes": 3, "val_episodes": 2, "steps": 40, "workers": 1, "progress": False}
-    return generate_dataset(name, out, **{**defaults, **kwargs})
+    return generate_dataset(name, out, **{**QUICK, **kwargs})
 
 
 def load(path):
     with np.load(path) as file:
         return dict(file)
+
+
+def contents(folder):
+    """The bytes of all files but the lock's, which stays."""
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in paths
+        if path.name != f".{MAZE}.lock" and path.name != f".{CUBE}.lock"
+    }
+
+
+def mtimes(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+
+
+def shard_names(*numbers):
+    return [f"{MAZE}-{k:03d}{end}" for k in numbers for end in (".npz", "-val.npz")]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A folder with a dataset of four shards, made in one go."""
+    folder = tmp_path_factory.mktemp("sharded")
+    quickly(MAZE, folder, shards=4)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +103,12 @@ def cube_episode(rollout):
 
 
 class TestReproducibility:
-    @pytest.mark.parametrize(("name", "workers"), [(CUBE, 2), (CUBE, 3), (MAZE, 2), (MAZE, 3)])
+    @pytest.mark.parametrize(("name", "workers"), [(CUBE, 2), (MAZE, 2), (MAZE, 3)])
     def test_same_bytes_with_any_number_of_workers(self, made, tmp_path, name, workers):
         path = quickly(name, tmp_path, workers=workers)
-        files = sorted(file.name for file in tmp_path.iterdir())
-        assert files == sorted(f"{name}{end}" for end in (".npz", "-val.npz", ".json"))
-        for file in files:
-            assert (tmp_path / file).read_bytes() == (made(name).parent / file).read_bytes(), file
+        files = contents(tmp_path)
+        assert set(files) == {f"{name}{end}" for end in (".npz", "-val.npz", ".json")}
+        assert files == contents(made(name).parent)
         assert path == tmp_path / f"{name}.npz"
 
     @pytest.mark.parametrize(
@@ -93,11 +127,13 @@ class TestReproducibility:
         for key, column in load(made(MAZE)).items():
             np.testing.assert_array_equal(longer[key][: len(column)], column)
 
-    def test_seeds_splits_and_episodes_differ(self, rollout):
-        jobs = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    def test_seeds_shards_splits_and_episodes_differ(self, rollout):
+        keys = ("seed", "shard", "split", "index")
+        jobs = [(0, 0, 0, 0), *(tuple(row) for row in np.eye(4, dtype=int).tolist())]
+        jobs += [(0, 2, 0, 0), (0, 1, 1, 0)]
         actions = [
-            rollout(MAZE).episode(seed=seed, split=split, index=index, steps=20)["actions"]
-            for seed, split, index in jobs
+            rollout(MAZE).episode(**dict(zip(keys, job, strict=True)), steps=20)["actions"]
+            for job in jobs
         ]
         assert len({a.tobytes() for a in actions}) == len(jobs)
 
@@ -255,19 +291,22 @@ class TestContent:
 class TestRecipe:
     def test_same_recipe_is_reused(self, made, tmp_path, monkeypatch):
         shutil.copytree(made(MAZE).parent, tmp_path, dirs_exist_ok=True)
-        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        before = mtimes(tmp_path)
         monkeypatch.setattr(OracleRollout, "make", lambda _: pytest.fail("made again"))
         task_name = MAZE.replace("-v0", "-singletask-task2-v0")
         assert quickly(task_name, tmp_path, workers=7) == tmp_path / f"{MAZE}.npz"
-        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+        assert mtimes(tmp_path) == before
 
     @pytest.mark.parametrize(
-        "change", [{"seed": 1}, {"episodes": 4}, {"val_episodes": 1}, {"steps": 41}]
+        "change", [{"seed": 1}, {"episodes": 4}, {"val_episodes": 1}, {"steps": 41}, {"shards": 1}]
     )
     def test_another_recipe_is_refused(self, made, change):
         (key, value) = next(iter(change.items()))
+        key, value = ("sharded", True) if key == "shards" else (key, value)
+        before = mtimes(made(MAZE).parent)
         with pytest.raises(FileExistsError, match=rf"{key}=.* instead of {value}.*overwrite"):
             quickly(MAZE, made(MAZE).parent, **change)
+        assert mtimes(made(MAZE).parent) == before
 
     def test_another_version_is_refused(self, made, tmp_path):
         shutil.copytree(made(MAZE).parent, tmp_path, dirs_exist_ok=True)
@@ -279,16 +318,210 @@ class TestRecipe:
             quickly(MAZE, tmp_path)
 
     @pytest.mark.parametrize(
-        ("missing", "match"), [(".json", "no readable recipe"), ("-val.npz", "other split")]
+        "text", [None, "{", "[]", '{"seed": 0}', '{"files": 1}', '{"files": [{"file": "a"}]}']
     )
-    def test_incomplete_files_are_refused_and_can_be_replaced(self, made, tmp_path, missing, match):
+    def test_files_without_a_recipe_are_refused_and_can_be_replaced(self, made, tmp_path, text):
         shutil.copytree(made(MAZE).parent, tmp_path, dirs_exist_ok=True)
-        (tmp_path / f"{MAZE}{missing}").unlink()
-        with pytest.raises(FileExistsError, match=match):
+        recipe = tmp_path / f"{MAZE}.json"
+        recipe.unlink() if text is None else recipe.write_text(text)
+        with pytest.raises(FileExistsError, match="no readable recipe"):
             quickly(MAZE, tmp_path)
         quickly(MAZE, tmp_path, overwrite=True, seed=5)
-        assert json.loads((tmp_path / f"{MAZE}.json").read_text())["seed"] == 5
+        assert json.loads(recipe.read_text())["seed"] == 5
         assert (tmp_path / f"{MAZE}.npz").read_bytes() != made(MAZE).read_bytes()
+
+    def test_overwrite_replaces_another_recipe(self, made, sharded, tmp_path):
+        shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+        quickly(MAZE, tmp_path, overwrite=True)
+        assert contents(tmp_path) == contents(made(MAZE).parent)
+        quickly(MAZE, tmp_path, overwrite=True, shards=4)
+        assert contents(tmp_path) == contents(sharded)
+
+    def test_overwrite_keeps_the_old_files_until_there_are_new_ones(self, sharded, tmp_path):
+        shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+        before = contents(tmp_path)
+        with failing_at(episode=4), pytest.raises(KeyboardInterrupt):
+            quickly(MAZE, tmp_path, shards=3, seed=1, overwrite=True)
+        assert contents(tmp_path) == before
+        with failing_at(episode=10), pytest.raises(KeyboardInterrupt):
+            quickly(MAZE, tmp_path, shards=3, seed=1, overwrite=True)
+        after = contents(tmp_path)
+        assert listed(tmp_path) in (sorted(shard_names(0)), sorted(shard_names(0, 1)))
+        assert {name for name in before if before[name] != after.get(name)} == {
+            f"{MAZE}.json",
+            *listed(tmp_path),
+            *shard_names(3),
+        }
+        with pytest.raises(FileExistsError, match="seed=1 instead of 0"):
+            quickly(MAZE, tmp_path, shards=4)
+        quickly(MAZE, tmp_path, shards=3, seed=1)
+        quickly(MAZE, tmp_path / "fresh", shards=3, seed=1)
+        assert contents(tmp_path / "fresh").items() <= contents(tmp_path).items()
+
+
+def listed(folder):
+    files = json.loads((folder / f"{MAZE}.json").read_text())["files"]
+    return sorted(file["file"] for file in files)
+
+
+@contextlib.contextmanager
+def failing_at(episode, error=KeyboardInterrupt):
+    """Raises while an episode is made, in this process."""
+    numbers = itertools.count()
+    original = OracleRollout.episode
+
+    def fail(self, **kwargs):
+        if next(numbers) == episode:
+            raise error
+        return original(self, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OracleRollout, "episode", fail)
+        yield
+
+
+@contextlib.contextmanager
+def counting():
+    """Counts the episodes that are made in this process."""
+    jobs = []
+    original = OracleRollout.episode
+
+    def count(self, *, seed, shard, split, index, steps):
+        jobs.append((shard, split, index))
+        return original(self, seed=seed, shard=shard, split=split, index=index, steps=steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OracleRollout, "episode", count)
+        yield jobs
+
+
+class TestShards:
+    def test_the_first_shard_is_the_unsharded_set(self, made, sharded):
+        whole, first = contents(made(MAZE).parent), contents(sharded)
+        for split in ("", "-val"):
+            assert first[f"{MAZE}-000{split}.npz"] == whole[f"{MAZE}{split}.npz"]
+        assert len({first[name] for name in shard_names(0, 1, 2, 3)}) == 8
+
+    @pytest.mark.parametrize(("shards", "workers"), [(1, 1), (3, 1), (3, 2), (3, 3)])
+    def test_bytes_depend_on_the_number_of_the_shard_only(self, sharded, tmp_path, shards, workers):
+        path = quickly(MAZE, tmp_path, shards=shards, workers=workers)
+        assert path == tmp_path / f"{MAZE}-000.npz"
+        files = contents(tmp_path)
+        del files[f"{MAZE}.json"]
+        assert sorted(files) == sorted(shard_names(*range(shards)))
+        assert files.items() <= contents(sharded).items()
+
+    def test_recipe_lists_the_files(self, sharded):
+        found = json.loads((sharded / f"{MAZE}.json").read_text())
+        files = found.pop("files")
+        assert set(found.pop("versions")) == {"mujoco", "ogbench", "torchrl_mac"}
+        assert found == {
+            "name": MAZE,
+            "sharded": True,
+            "episodes": 3,
+            "val_episodes": 2,
+            "steps": 40,
+            "seed": 0,
+        }
+        names = [f"{MAZE}-{k:03d}{end}.npz" for end in ("", "-val") for k in range(4)]
+        assert [file["file"] for file in files] == names
+        for file in files:
+            path = sharded / file["file"]
+            terminals = load(path)["terminals"]
+            assert file == {
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "rows": len(terminals),
+                "episodes": terminals.sum(),
+            }
+
+    def test_growing_adds_shards_and_leaves_the_others(self, sharded, tmp_path):
+        quickly(MAZE, tmp_path, shards=2)
+        before = mtimes(tmp_path)
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=4)
+        assert {shard for shard, _, _ in jobs} == {2, 3} and len(jobs) == 10
+        assert before.items() <= mtimes(tmp_path).items()
+        assert contents(tmp_path) == contents(sharded)
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=1)
+        assert not jobs and contents(tmp_path) == contents(sharded)
+
+    def test_numbers_grow_beyond_three_digits(self, tmp_path, monkeypatch):
+        names = []
+        monkeypatch.setattr(generate, "_make", lambda *args, **_: names.extend(args[2]))
+        quickly(MAZE, tmp_path, shards=1002)
+        assert names[1998].name == f"{MAZE}-999.npz"
+        assert names[2003].name == f"{MAZE}-1001-val.npz"
+
+    def test_one_stream_of_jobs_over_all_shards(self, tmp_path, monkeypatch):
+        calls = []
+
+        def spy(name, jobs, **kwargs):
+            calls.append(jobs)
+            return make_episodes(name, jobs, **kwargs)
+
+        monkeypatch.setattr(generate, "make_episodes", spy)
+        quickly(MAZE, tmp_path, shards=3, workers=2)
+        (jobs,) = calls
+        assert [job.shard for job in jobs] == [0] * 5 + [1] * 5 + [2] * 5
+
+    def test_the_next_shard_is_made_while_one_is_packed(self, tmp_path, monkeypatch):
+        original, numbers = RowFiles.pack, []
+
+        def pack(self, stopped):
+            if not numbers:  # the first file waits for the last episode
+                wait_until(lambda: len(jobs) == 10, seconds=20)
+            numbers.append(len(jobs))
+            return original(self, stopped)
+
+        monkeypatch.setattr(RowFiles, "pack", pack)
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=2)
+        assert numbers == [10] * 4
+
+    @pytest.mark.parametrize("done", [0, 1])
+    def test_disk_is_checked_for_all_that_is_left(self, tmp_path, monkeypatch, done):
+        if done:
+            quickly(MAZE, tmp_path, shards=done)
+        row = 4 * 2 * 4 + 1
+        needed = (4 - done + 2) * 5 * 40 * row
+        free = SimpleNamespace(free=needed - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+        before = contents(tmp_path)
+        with pytest.raises(OSError, match=r"MiB are needed.*fewer shards"):
+            quickly(MAZE, tmp_path, shards=4)
+        assert contents(tmp_path) == before
+        free.free += 1
+        quickly(MAZE, tmp_path, shards=4)
+
+    def test_progress_of_what_is_left(self, tmp_path, capsys):
+        quickly(MAZE, tmp_path, shards=1)
+        quickly(MAZE, tmp_path, shards=3, progress=True)
+        bar = capsys.readouterr().err.split("\r")[-1]
+        assert re.search(r"100%.*400/400.*<.*row/s, shard 3/3\]", bar)
+
+
+class TestRowFiles:
+    def test_same_file_as_savez_compressed(self, cube_episode, tmp_path):
+        rows = RowFiles(tmp_path / "rows")
+        for _ in range(60):  # more than a block
+            rows.append({**cube_episode, "button_states": np.arange(600).reshape(300, 2)})
+        path = rows.pack()
+        np.savez_compressed(tmp_path / "expected.npz", **load(path))
+        assert path.read_bytes() == (tmp_path / "expected.npz").read_bytes()
+        np.testing.assert_array_equal(
+            load(path)["observations"], np.tile(cube_episode["observations"], (60, 1))
+        )
+        assert list(rows.folder.iterdir()) == [path]
+
+    def test_packing_can_be_stopped(self, cube_episode, tmp_path):
+        rows, stopped = RowFiles(tmp_path / "rows"), threading.Event()
+        rows.append(cube_episode)
+        stopped.set()
+        with pytest.raises(InterruptedError):
+            rows.pack(stopped)
 
 
 class TestErrors:
@@ -300,6 +533,7 @@ class TestErrors:
             ("humanoidmaze-medium-stitch-v0", {}, "public files"),
             ("antsoccer-arena-navigate-v0", {}, "public files"),
             ("pointmaze-medium-explore-v0", {}, "public files"),
+            (CUBE, {"shards": 0}, "shards=0.*1 or more"),
             (CUBE, {"episodes": 0}, "episodes=0.*1 or more"),
             (CUBE, {"val_episodes": 0}, "val_episodes=0.*1 or more"),
             (CUBE, {"steps": 1}, "steps=1.*2 or more"),
@@ -322,19 +556,20 @@ class TestErrors:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
         with pytest.raises(OSError, match=r"0 MiB free but \d+ MiB are needed") as error:
             quickly(MAZE, tmp_path, episodes=30000, workers=workers)
-        assert not list(tmp_path.iterdir())
+        assert not contents(tmp_path)
         assert not multiprocessing.active_children(), error  # which holds the traceback
 
     def test_failure_in_a_worker_names_the_episode(self):
         episodes = make_episodes(
-            OGBenchName.parse(MAZE), [(0, 0), (1, -7)], seed=0, steps=5, workers=2
+            OGBenchName.parse(MAZE), [Job(0, 0, 0), Job(2, 1, -7)], seed=0, steps=5, workers=2
         )
-        with pytest.raises(RuntimeError, match=r"validation episode -7 failed(.|\n)*ValueError"):
+        match = r"validation episode -7 of shard 2 failed(.|\n)*ValueError"
+        with pytest.raises(RuntimeError, match=match):
             list(episodes)
         assert not multiprocessing.active_children()
 
     def test_killed_worker(self):
-        jobs = [(0, i) for i in range(10**6)]
+        jobs = [Job(0, 0, i) for i in range(10**5)]
         episodes = make_episodes(OGBenchName.parse(MAZE), jobs, seed=0, steps=50, workers=2)
         next(episodes)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -344,14 +579,86 @@ class TestErrors:
 
 
 class TestInterruption:
-    def test_in_this_process(self, tmp_path, monkeypatch):
-        def interrupt(*_):
-            raise KeyboardInterrupt
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+    @pytest.mark.parametrize("episode", [0, 3, 5, 12, 19])
+    def test_in_this_process(self, sharded, tmp_path, episode, error):
+        with failing_at(episode, error), pytest.raises(error):
+            quickly(MAZE, tmp_path, shards=4)
+        files = contents(tmp_path)
+        num_complete = len(files) // 2
+        # Up to one that was being packed, all shards are there whose episodes were made.
+        assert episode // 5 - 1 <= num_complete <= episode // 5
+        if files.pop(f"{MAZE}.json", None):
+            assert listed(tmp_path) == sorted(files)
+        assert sorted(files) == sorted(shard_names(*range(num_complete)))
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=4)
+        assert {shard for shard, _, _ in jobs} == set(range(num_complete, 4))
+        assert contents(tmp_path) == contents(sharded)
 
-        monkeypatch.setattr(generate, "_sync", interrupt)  # at the very end
+    def test_of_packing_is_prompt(self, tmp_path, monkeypatch):
+        original, started, waits = RowFiles.pack, threading.Event(), []
+
+        def pack(self, stopped):
+            started.set()
+            waits.append(stopped.wait(20))
+            return original(self, stopped)
+
+        def episodes(*args, **kwargs):
+            for number, made in enumerate(make_episodes(*args, **kwargs)):
+                if number == 7:
+                    assert started.wait(20)
+                    raise KeyboardInterrupt
+                yield made
+
+        monkeypatch.setattr(RowFiles, "pack", pack)
+        monkeypatch.setattr(generate, "make_episodes", episodes)
         with pytest.raises(KeyboardInterrupt):
-            quickly(MAZE, tmp_path)
-        assert not list(tmp_path.iterdir())
+            quickly(MAZE, tmp_path, shards=2)
+        assert waits == [True] and not contents(tmp_path)
+
+    def test_failed_packing_ends_the_run(self, tmp_path, monkeypatch):
+        def pack(*_):
+            raise OSError("disk is full")
+
+        monkeypatch.setattr(RowFiles, "pack", pack)
+        with counting() as jobs, pytest.raises(OSError, match="disk is full"):
+            quickly(MAZE, tmp_path, shards=4)
+        assert len(jobs) == 10  # the next shard was on its way
+        assert not contents(tmp_path)
+
+    def test_a_file_that_is_not_listed_is_made_again(self, sharded, tmp_path):
+        shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+        recipe = json.loads((tmp_path / f"{MAZE}.json").read_text())
+        del recipe["files"][2]
+        (tmp_path / f"{MAZE}.json").write_text(json.dumps(recipe))
+        (tmp_path / f"{MAZE}-002.npz").write_bytes(b"half a file")
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=4)
+        assert jobs == [(2, 0, 0), (2, 0, 1), (2, 0, 2)]
+        assert contents(tmp_path) == contents(sharded)
+
+    def test_a_listed_file_that_is_gone_is_made_again(self, sharded, tmp_path):
+        shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+        (tmp_path / f"{MAZE}-001-val.npz").unlink()
+        before = mtimes(tmp_path)
+        quickly(MAZE, tmp_path, shards=4)
+        assert before.items() <= mtimes(tmp_path).items()
+        assert contents(tmp_path) == contents(sharded)
+
+    def test_a_damaged_file_is_refused_by_name(self, sharded, tmp_path):
+        shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+        short, flipped = (tmp_path / f"{MAZE}-00{k}.npz" for k in (1, 3))
+        short.write_bytes(short.read_bytes()[:-1])
+        content = bytearray(flipped.read_bytes())
+        content[100] ^= 1
+        flipped.write_bytes(content)
+        with pytest.raises(FileExistsError, match=rf"{short.name} has \d+ bytes.*Delete.*overwr"):
+            quickly(MAZE, tmp_path, shards=4)
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=4, overwrite=True)
+        assert {(shard, split) for shard, split, _ in jobs} == {(1, 0), (3, 0)}
+        assert contents(tmp_path) == contents(sharded)
 
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -364,12 +671,12 @@ class TestInterruption:
             text=True,
         )
         try:
-            wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".*/train/*")))
+            wait_until(lambda: any(tmp_path.glob(".*.partial/*.npz/*")))
             os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
             _, stderr = process.communicate(timeout=30)
             assert process.returncode == code
             assert "Traceback" not in stderr
-            assert not list(tmp_path.iterdir())
+            assert not contents(tmp_path)
             wait_until(lambda: not processes_of_session(process.pid))
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -393,6 +700,131 @@ def processes_of_session(session):
     return found
 
 
+@pytest.fixture
+def process():
+    """Starts functions in processes that can be killed, without the wait for imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchrl_mac.data.parallel"])
+    started = []
+
+    def start(function, *args, **kwargs):
+        started.append(context.Process(target=function, args=args, kwargs=kwargs))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.join()
+
+
+DYING = """
+import os, signal
+from torchrl_mac.data.generate import generate_dataset
+
+original, left = os.replace, call
+
+def replace(*args):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    original(*args)
+
+os.replace = replace
+generate_dataset(name, out, shards=2, **kwargs)
+"""
+
+
+ENDLESS = """
+import os
+from torchrl_mac.data.generate import generate_dataset
+
+os.setsid()
+generate_dataset(name, out, shards=999, **kwargs)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+class TestKilled:
+    @pytest.mark.parametrize("call", range(10))
+    def test_before_each_rename(self, process, sharded, tmp_path, call):
+        values = {"name": MAZE, "out": tmp_path, "call": call, "kwargs": QUICK}
+        killed = process(exec, DYING, values)
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        assert (tmp_path / f".{MAZE}.partial").is_dir()
+        names = [f"{MAZE}-{shard}.npz" for shard in ("000-val", "000", "001-val", "001")]
+        # A training file never stands there without its validation file.
+        published = names[: [0, 0, 1, 1, 2, 2, 2, 3, 3, 4][call]]
+        assert mtimes(tmp_path).keys() == set(published)
+        assert (tmp_path / f"{MAZE}.json").exists() == (call > 0)
+        quickly(MAZE, tmp_path, shards=4)
+        assert contents(tmp_path) == contents(sharded)
+
+    def test_at_random_moments(self, process, sharded, tmp_path):
+        def generate_and_kill(folder, delay):
+            one = process(generate_dataset, MAZE, folder, shards=4, **QUICK)
+            wait_until(lambda: folder.exists() or not one.is_alive())
+            one.join(delay)
+            one.kill()
+            one.join()
+            return one.exitcode
+
+        start = time.monotonic()
+        assert generate_and_kill(tmp_path / "whole", 60) == 0
+        duration = time.monotonic() - start
+        draw = random.Random(0)
+        codes = []
+        for number in range(8):
+            folder = tmp_path / str(number)
+            codes.append(generate_and_kill(folder, draw.uniform(0, duration)))
+            quickly(MAZE, folder, shards=4)
+            assert contents(folder) == contents(sharded), number
+        assert codes.count(-signal.SIGKILL) >= 2
+
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+    def test_with_workers(self, process, sharded, tmp_path):
+        values = {"name": MAZE, "out": tmp_path, "kwargs": {**QUICK, "workers": 2}}
+        killed = process(exec, ENDLESS, values)
+        wait_until(lambda: len(mtimes(tmp_path)) > 4)
+        killed.kill()
+        killed.join()
+        wait_until(lambda: not processes_of_session(killed.pid))
+        complete = {int(name[len(MAZE) + 1 :][:3]) for name in listed(tmp_path)}
+        with counting() as jobs:
+            quickly(MAZE, tmp_path, shards=max(complete) + 2)
+        assert {shard for shard, _, _ in jobs} - {max(complete)} == {max(complete) + 1}
+        assert not list(tmp_path.glob(".*.partial"))
+        assert len(mtimes(tmp_path)) == 2 * max(complete) + 4
+        files, expected = contents(tmp_path), contents(sharded)
+        assert all(files[name] == expected[name] for name in shard_names(0, 1))
+
+
+class TestTwoAtOnce:
+    def test_processes(self, process, sharded, tmp_path):
+        both = [process(generate_dataset, MAZE, tmp_path, shards=4, **QUICK) for _ in range(2)]
+        for one in both:
+            one.join()
+        assert [one.exitcode for one in both] == [0, 0]
+        assert contents(tmp_path) == contents(sharded)
+
+    def test_the_second_waits_and_has_nothing_left_to_do(self, sharded, tmp_path, monkeypatch):
+        messages = []
+        monkeypatch.setattr(generate.logger, "info", messages.append)
+        with ThreadPoolExecutor(1) as pool:
+            with FileLock(tmp_path / f".{MAZE}.lock"):
+                second = pool.submit(quickly, MAZE, tmp_path, shards=4)
+                wait_until(lambda: messages)
+                time.sleep(0.2)
+                assert not second.done() and not contents(tmp_path)
+                shutil.copytree(sharded, tmp_path, dirs_exist_ok=True)
+                before = mtimes(tmp_path)
+            assert second.result(30) == tmp_path / f"{MAZE}-000.npz"
+        assert mtimes(tmp_path) == before
+        assert f"another process that is making {MAZE}" in messages[0]
+
+
 class TestCommandLine:
     def test_generate_convert_info(self, tmp_path, capsys):
         options = ["--episodes", "2", "--steps", "30", "--workers", "1", "--quiet"]
@@ -403,9 +835,10 @@ class TestCommandLine:
         assert cli.main(["convert", task, "--source", str(tmp_path), "--root", root]) == 0
         assert "train: 60 rows" in capsys.readouterr().out
         assert cli.main(["info", task, "--root", root]) == 0
-        train, val = capsys.readouterr().out.splitlines()
-        assert "60 rows, 2 episodes, observation 2, action 2, rewards of task1" in train
-        assert "30 rows, 1 episodes" in val
+        words = [line.split() for line in capsys.readouterr().out.splitlines()]
+        (train,) = (line for line in words if line[0] == "train")
+        (val,) = (line for line in words if line[0] == "val")
+        assert "60" in train and "30" in val
 
     @pytest.mark.parametrize(
         ("argv", "match"),

@@ -98,11 +98,12 @@ def test_generator_decides_the_samples():
 
 
 def test_the_default_generator_is_used_without_one():
-    storage, sampler = make_storage([30]), ActionChunkSampler(2)
+    storage = make_storage([30])
     torch.manual_seed(3)
-    first = sampler.sample(storage, 8)[0]
+    first = ActionChunkSampler(2).sample(storage, 8)[0]
     torch.manual_seed(3)
-    assert first.equal(sampler.sample(storage, 8)[0])
+    assert first.equal(ActionChunkSampler(2).sample(storage, 8)[0])
+    assert not first.equal(ActionChunkSampler(2).sample(storage, 8)[0])
 
 
 def test_prefetching_draws_the_same_samples():

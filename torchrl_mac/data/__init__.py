@@ -2,19 +2,25 @@
 
 from torchrl.data.datasets import register_dataset
 
+from torchrl_mac.data.download import download_dataset
 from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.names import OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
+from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
 from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
+    "ActionChunkExperienceReplay",
     "ActionChunkSampler",
     "ActionChunkStorage",
+    "GoalDistribution",
     "OGBenchExperienceReplay",
     "OGBenchName",
     "ObservationStatistics",
+    "download_dataset",
     "generate_dataset",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line of datasets: ``torchrl-mac-data generate|convert|info``."""
+"""The command line of datasets: ``torchrl-mac-data generate|download|convert|verify|info``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 
 from torchrl.data.datasets.utils import _get_root_dir
 
-from torchrl_mac.data.conversion import is_complete, load_metadata
+from torchrl_mac.data.columns import is_complete, load_metadata
+from torchrl_mac.data.download import download_dataset
 from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.names import OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
+from torchrl_mac.data.sources import find_shards, validation_file
+from torchrl_mac.data.verify import verify_conversion, verify_files
 
 __all__ = ["main"]
 
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         with _terminated_by_exception():
             args.run(args)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind", 130)
+        return _fail("interrupted; the same command goes on from here", 130)
     except OSError as err:
         return _fail(err.strerror or str(err), 2)
     except (ImportError, NotImplementedError, ValueError) as err:
@@ -71,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default="data", help="folder (default: %(default)s)")
     generate.add_argument("--episodes", type=int, help="default: as in the official dataset")
     generate.add_argument("--val-episodes", type=int, help="default: a tenth, at least one")
+    generate.add_argument(
+        "--shards", type=int, help="make this many pairs of files, each of --episodes"
+    )
     generate.add_argument("--steps", type=int, help="rows per episode (default: as official, 1001)")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     generate.add_argument("--workers", type=int, help="processes (default: number of CPU cores)")
@@ -85,9 +91,41 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("name", metavar="NAME", help="a singletask name adds that task's rewards")
     convert.add_argument(
-        "--source", type=Path, help="npz file or folder (default: ~/.ogbench/data)"
+        "--source",
+        type=Path,
+        nargs="+",
+        help="npz files or folders of them (default: ~/.ogbench/data)",
     )
+    convert.add_argument(
+        "--columns", nargs="+", default=(), metavar="KEY", help="qpos, qvel, button_states"
+    )
+    convert.add_argument("--workers", type=int, help="files at a time (default: CPU cores)")
     _add_root(convert)
+
+    download = commands.add_parser(
+        "download",
+        help="fetch OGBench's public files",
+        description="Fetches NAME.npz and NAME-val.npz, or other files of the set.",
+    )
+    download.set_defaults(run=_download)
+    download.add_argument("name", metavar="NAME", help="such as cube-single-play-v0")
+    download.add_argument("--out", type=Path, default="data", help="folder (default: %(default)s)")
+    download.add_argument("--files", nargs="+", metavar="FILE", help="such as NAME-000.npz")
+    download.add_argument(
+        "--mirror", action="append", metavar="URL", help="folder of the files; may be repeated"
+    )
+    download.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte")
+    download.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    verify = commands.add_parser(
+        "verify",
+        help="check files or a conversion",
+        description="Hashes and checks a converted dataset; with --source the files instead.",
+    )
+    verify.set_defaults(run=_verify)
+    verify.add_argument("name", metavar="NAME", help="such as cube-single-play-v0")
+    verify.add_argument("--source", type=Path, help="npz file, or folder of files, to check")
+    _add_root(verify)
 
     info = commands.add_parser(
         "info", help="what a converted dataset holds", description="Describes a converted dataset."
@@ -111,6 +149,7 @@ def _generate(args: argparse.Namespace) -> None:
         episodes=args.episodes,
         val_episodes=args.val_episodes,
         steps=args.steps,
+        shards=args.shards,
         seed=args.seed,
         workers=args.workers,
         overwrite=args.overwrite,
@@ -119,28 +158,71 @@ def _generate(args: argparse.Namespace) -> None:
     _say(str(path))
 
 
+def _download(args: argparse.Namespace) -> None:
+    paths = download_dataset(
+        args.name,
+        args.out,
+        files=args.files,
+        mirrors=args.mirror,
+        timeout=args.timeout,
+        progress=not args.quiet,
+    )
+    for path in paths:
+        _say(str(path))
+
+
 def _convert(args: argparse.Namespace) -> None:
     for split in ("train", "val"):
-        buffer = OGBenchExperienceReplay(args.name, root=args.root, source=args.source, split=split)
+        buffer = OGBenchExperienceReplay(
+            args.name,
+            root=args.root,
+            source=args.source,
+            split=split,
+            columns=args.columns,
+            workers=args.workers,
+        )
         _say(f"{buffer.data_path}: {len(buffer)} rows")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    name = OGBenchName.parse(args.name).dataset
+    if args.source is None:
+        for folder in _converted(args.root, name):
+            verify_conversion(folder, _say)
+        return
+    train = find_shards(args.source, name)
+    verify_files([*train, *(path for path in map(validation_file, train) if path.exists())], _say)
 
 
 def _info(args: argparse.Namespace) -> None:
     name = OGBenchName.parse(args.name).dataset
-    root = (args.root or _get_root_dir("ogbench")).expanduser()
+    table: list[tuple[str, ...]] = [
+        ("split", "files", "rows", "episodes", "observation", "action", "GiB", "columns")
+    ]
+    for folder in _converted(args.root, name):
+        about = load_metadata(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*.memmap")) / 2**30
+        columns = [path.name for path in sorted(folder.glob("columns/*")) if is_complete(path)]
+        numbers = (about["rows"], about["episodes"], about["observation_dim"], about["action_dim"])
+        table.append(
+            (folder.name, str(len(about["shards"])), *map(str, numbers), f"{size:.2f}", *columns)
+        )
+        digest = about["digest"]
+        _say(f"{folder}: digest {digest}")
+    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+        _say("  ".join([*cells, *row[len(widths) :]]).rstrip())
+
+
+def _converted(root: Path | None, name: str) -> list[Path]:
+    root = (root or _get_root_dir("ogbench")).expanduser()
     folders = [folder for split in ("train", "val") if is_complete(folder := root / name / split)]
     if not folders:
         raise FileNotFoundError(
             f"{root} has no converted {name}; make it with `{_PROGRAM} convert {name}`"
         )
-    for folder in folders:
-        metadata = load_metadata(folder)
-        tasks = sorted(path.name for path in folder.glob("tasks/*") if is_complete(path))
-        _say(
-            f"{folder}: {metadata['rows']} rows, {metadata['episodes']} episodes, "
-            f"observation {metadata['observation_dim']}, action {metadata['action_dim']}, "
-            f"rewards of {', '.join(tasks) or 'no task'}"
-        )
+    return folders
 
 
 def _say(line: str) -> None:

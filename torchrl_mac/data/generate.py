@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
-import tempfile
-from contextlib import ExitStack, closing
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from itertools import chain, groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
+from filelock import FileLock, Timeout
+from torchrl._utils import logger
 from tqdm import tqdm
 
 from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.parallel import Episode, make_episodes
+from torchrl_mac.data.parallel import Job, make_episodes
 from torchrl_mac.data.rollouts import OfficialSettings
+from torchrl_mac.data.shards import Catalog, RowFiles, ShardFile
 
 __all__ = ["generate_dataset"]
 
@@ -27,6 +31,7 @@ def generate_dataset(
     name: str,
     out: str | Path,
     *,
+    shards: int | None = None,
     episodes: int | None = None,
     val_episodes: int | None = None,
     steps: int | None = None,
@@ -37,10 +42,16 @@ def generate_dataset(
 ) -> Path:
     """Makes an OGBench dataset, training and validation files, from its scripted oracles.
 
-    Writes ``{name}.npz`` and ``{name}-val.npz``, which OGBench's own loader reads, and
-    ``{name}.json``, the recipe. Files already there with the same recipe are left alone. The files
-    depend on the recipe only, byte by byte, whatever the number of workers. They appear when they
-    are complete; a run that fails or is interrupted leaves nothing behind.
+    Writes ``{name}.npz`` and ``{name}-val.npz``, which OGBench's own loader reads, or with
+    ``shards`` as many pairs ``{name}-000.npz`` and ``{name}-000-val.npz``, ``{name}-001.npz`` and
+    so on. The files depend on the recipe only, byte by byte, and a shard on its number too, but
+    not on the number of shards or workers.
+
+    A pair appears when it is complete. ``{name}.json`` holds the recipe and lists the files that
+    are complete, with their size, checksum, rows and episodes. After an interruption, even by
+    ``SIGKILL`` or a power cut, the same call makes what is not listed; so does a call for more
+    shards. Listed files are left alone. Of two calls at once for the same dataset and folder, one
+    waits for the other.
 
     Args:
         name (str): the dataset, such as ``"cube-single-play-v0"``; the mode and task in a name
@@ -48,23 +59,28 @@ def generate_dataset(
         out (str or Path): the folder to write to.
 
     Keyword Args:
-        episodes (int, optional): training episodes. Default: as many as the official dataset.
-        val_episodes (int, optional): validation episodes. Default: a tenth of ``episodes``, at
-            least one.
+        shards (int, optional): number of pairs of files. The first holds the same rows as a
+            dataset that is not sharded. Default: one pair without a number in its name.
+        episodes (int, optional): training episodes, in each shard. Default: as many as the
+            official dataset.
+        val_episodes (int, optional): validation episodes, in each shard. Default: a tenth of
+            ``episodes``, at least one.
         steps (int, optional): rows per episode. Default: as the official dataset, mostly 1001.
         seed (int, optional): seed of the whole dataset. Defaults to 0.
         workers (int, optional): processes, each with an environment of about 0.5 GiB. 1 means
             this very process. Default: the number of CPU cores.
-        overwrite (bool, optional): replaces files with another recipe. Defaults to ``False``.
+        overwrite (bool, optional): replaces files with another recipe, and listed files whose
+            checksum is wrong. Defaults to ``False``.
         progress (bool, optional): shows a progress bar on stderr. Defaults to ``True``.
 
     Returns:
-        Path: the training file.
+        Path: the training file, of the first shard if there are several.
 
     Raises:
         ValueError: if the name is unknown, OGBench ships no oracle for it, or a number is too
             small.
-        FileExistsError: if there are files with another recipe.
+        FileExistsError: if there are files with another recipe, or a listed file has another size
+            by now.
         OSError: if the folder cannot be written or the disk is too small.
         RuntimeError: if a worker fails.
 
@@ -94,6 +110,7 @@ def generate_dataset(
     val_episodes = max(1, episodes // 10) if val_episodes is None else val_episodes
     workers = (os.cpu_count() or 1) if workers is None else workers
     for key, value, least in (
+        ("shards", 1 if shards is None else shards, 1),
         ("episodes", episodes, 1),
         ("val_episodes", val_episodes, 1),
         ("steps", steps, 2),
@@ -104,6 +121,7 @@ def generate_dataset(
             raise ValueError(f"{key}={value} is too small; it must be {least} or more.")
     recipe = {
         "name": parsed.dataset,
+        "sharded": shards is not None,
         "episodes": episodes,
         "val_episodes": val_episodes,
         "steps": steps,
@@ -114,134 +132,105 @@ def generate_dataset(
         },
     }
     out = Path(out).expanduser()
-    paths = [out / f"{parsed.dataset}.npz", out / f"{parsed.dataset}-val.npz"]
-    recipe_path = out / f"{parsed.dataset}.json"
-    if not overwrite and _is_made(paths, recipe_path, recipe):
-        return paths[0]
+    files = [
+        ShardFile(
+            f"{parsed.dataset}{'' if shards is None else f'-{shard:03d}'}{suffix}.npz",
+            shard,
+            split,
+            count,
+        )
+        for shard in range(shards or 1)
+        for split, (suffix, count) in enumerate((("", episodes), ("-val", val_episodes)))
+    ]
+    catalog = Catalog(out, recipe, files)
+    if overwrite or catalog.missing():  # else the folder need not be writable
+        with _scratch_folder(out, parsed.dataset) as scratch:
+            if missing := catalog.missing(overwrite):
+                _make(parsed, catalog, missing, scratch, workers=workers, progress=progress)
+    return out / files[0].name
 
-    jobs = [(0, i) for i in range(episodes)] + [(1, i) for i in range(val_episodes)]
+
+def _make(
+    name: OGBenchName,
+    catalog: Catalog,
+    missing: list[ShardFile],
+    scratch: Path,
+    *,
+    workers: int,
+    progress: bool,
+) -> None:
+    seed, steps = catalog.recipe["seed"], catalog.recipe["steps"]
+    jobs = [Job(file.shard, file.split, i) for file in missing for i in range(file.episodes)]
+    num_shards = catalog.files[-1].shard + 1
     with ExitStack() as stack:
-        scratch = _scratch_folder(out, parsed.dataset, stack)
-        splits = [stack.enter_context(_RowFiles(scratch / key)) for key in ("train", "val")]
-        bar = stack.enter_context(_progress_bar(parsed.dataset, len(jobs) * steps, progress))
+        # One shard is packed while the workers go on with the next.
+        packer = stack.enter_context(ThreadPoolExecutor(1))
+        stopped = threading.Event()
+        stack.callback(stopped.set)
+        bar = stack.enter_context(_progress_bar(name.dataset, len(jobs) * steps, progress))
         # Closed here: a traceback would keep the generator, and so its workers, alive.
         made = stack.enter_context(
-            closing(make_episodes(parsed, jobs, seed=seed, steps=steps, workers=workers))
+            closing(make_episodes(name, jobs, seed=seed, steps=steps, workers=workers))
         )
-        for number, ((split, _), episode) in enumerate(made, start=1):
-            if number == 1:
-                _check_disk(out, len(jobs) * sum(column.nbytes for column in episode.values()))
-            splits[split].append(episode)
-            bar.set_postfix_str(f"{number}/{len(jobs)} episodes", refresh=False)
-            bar.update(steps)
-        saved = [rows.save() for rows in splits]
-        # Without its recipe, a file that another run is about to replace is not mistaken for it.
-        recipe_path.unlink(missing_ok=True)
-        for source, path in zip(saved, paths, strict=True):
-            os.replace(source, path)
-        source = scratch / "recipe.json"
-        source.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-        _sync(source)
-        os.replace(source, recipe_path)
-        _sync(out)
-    return paths[0]
+        first = next(made)
+        num_bytes = sum(column.nbytes for column in first[1].values())
+        # The compressed files, beside the rows of one shard that is packed and one that grows.
+        per_shard = sum(file.episodes for file in catalog.files if file.shard == 0)
+        _check_disk(catalog.out, (len(jobs) + min(len(jobs), 2 * per_shard)) * num_bytes)
+        episodes = chain([first], made)
+        packing: Future[None] | None = None
+        for shard, files in groupby(missing, attrgetter("shard")):
+            rows = {file: RowFiles(scratch / file.name) for file in files}
+            for file in rows:
+                for _, episode in islice(episodes, file.episodes):
+                    rows[file].append(episode)
+                    bar.set_postfix_str(f"shard {shard + 1}/{num_shards}", refresh=False)
+                    bar.update(steps)
+            if packing is not None:
+                packing.result()
+            packing = packer.submit(_publish, catalog, rows, stopped)
+        if packing is not None:
+            packing.result()
 
 
-def _is_made(paths: list[Path], recipe_path: Path, recipe: dict[str, Any]) -> bool:
-    existing = [path for path in paths if path.exists()]
-    if not existing:
-        return False
-    try:
-        found = json.loads(recipe_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        found = None
-    if found == recipe and len(existing) == len(paths):
-        return True
-    if found is None:
-        reason = f"has no readable recipe beside it ({recipe_path.name})"
-    elif found == recipe:
-        reason = "lacks its other split"
-    else:
-        differences = (
-            f"{key}={found.get(key)!r} instead of {value!r}"
-            for key, value in recipe.items()
-            if found.get(key) != value
-        )
-        reason = f"was made with {', '.join(differences)}"
-    raise FileExistsError(
-        errno.EEXIST,
-        f"{existing[0]} {reason}. Choose another folder, or replace it with overwrite=True "
-        "(--overwrite)",
-    )
+def _publish(catalog: Catalog, rows: dict[ShardFile, RowFiles], stopped: threading.Event) -> None:
+    packed = {file: rows[file].pack(stopped) for file in rows}
+    # The training file comes last: where there is one, its validation file is there too.
+    catalog.publish(dict(reversed(packed.items())))
 
 
-def _scratch_folder(out: Path, dataset: str, stack: ExitStack) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{dataset}-", dir=out)
-    except OSError as err:
-        raise OSError(
-            err.errno, f"Cannot write to {out} ({err.strerror}); choose another folder"
-        ) from err
-    return Path(stack.enter_context(folder))
+@contextmanager
+def _scratch_folder(out: Path, dataset: str) -> Iterator[Path]:
+    """Makes an empty folder for the only process that works on the dataset, and removes it."""
+    folder = out / f".{dataset}.partial"
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            # The lock's file stays: to remove it could give two processes a lock each.
+            lock = FileLock(out / f".{dataset}.lock")
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                logger.info(f"Waiting for another process that is making {dataset} in {out}")
+                stack.enter_context(lock)
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            folder.mkdir()
+        except OSError as err:
+            raise OSError(
+                err.errno, f"Cannot write to {out} ({err.strerror}); choose another folder"
+            ) from err
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
-def _check_disk(out: Path, num_bytes: int) -> None:
-    needed = 2 * num_bytes  # the rows as they come, then the compressed file beside them
+def _check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
             f"{out} has {free / 2**20:.0f} MiB free but {needed / 2**20:.0f} MiB are needed; free "
-            "some space, choose another folder or ask for fewer episodes",
+            "some space, choose another folder or ask for fewer shards or episodes",
         )
-
-
-class _RowFiles:
-    """Collects the rows of one split in flat files, so that memory does not grow with them.
-
-    Args:
-        folder (Path): where to put the files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self._columns: dict[str, tuple[BinaryIO, np.dtype, tuple[int, ...]]] = {}
-
-    def append(self, episode: Episode) -> None:
-        for key, column in episode.items():
-            if key not in self._columns:
-                file = open(self.folder / key, "wb")
-                self._columns[key] = file, column.dtype, column.shape[1:]
-            self._columns[key][0].write(np.ascontiguousarray(column).data)
-
-    def save(self) -> Path:
-        """Packs the rows as an npz file, safe on disk, and returns its path."""
-        self.__exit__()
-        arrays: dict[str, Any] = {
-            key: np.memmap(file.name, dtype, mode="r").reshape(-1, *shape)
-            for key, (file, dtype, shape) in self._columns.items()
-        }
-        path = self.folder / "rows.npz"
-        np.savez_compressed(path, **arrays)
-        _sync(path)
-        return path
-
-    def __enter__(self) -> _RowFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for column in self._columns.values():
-            column[0].close()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _progress_bar(dataset: str, rows: int, progress: bool) -> tqdm:

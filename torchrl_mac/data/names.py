@@ -35,7 +35,7 @@ _BEHAVIOURS = {
     **dict.fromkeys(MAZE_ENVS, ("navigate", "stitch", "explore")),
 }
 _PATTERN = re.compile(
-    r"(?P<env>[a-z0-9-]+?)-(?P<behaviour>play|noisy|navigate|stitch|explore)"
+    r"(?P<env>[a-z0-9-]+?)-(?P<behaviour>play|noisy|navigate|stitch|explore)(?:-(?P<size>\d+m))?"
     r"(?P<goal>-oraclerep|-singletask(?:-task(?P<task>\d+))?)?-v0"
 )
 
@@ -52,6 +52,7 @@ class OGBenchName:
             (goals are oracle representations) or ``"singletask"`` (reward-based).
         task_id (int, optional): the task of a ``"singletask"`` name, 1 to 5. ``None`` is
             OGBench's default task of that environment.
+        size (str, optional): ``"100m"`` for the large set of that many million rows.
 
     Examples:
         >>> from torchrl_mac.data import OGBenchName
@@ -66,6 +67,7 @@ class OGBenchName:
     behaviour: str
     mode: Literal["goal", "oraclerep", "singletask"] = "goal"
     task_id: int | None = None
+    size: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> OGBenchName:
@@ -102,17 +104,18 @@ class OGBenchName:
                 f"Task {task_id} in {name!r} does not exist: every OGBench environment has "
                 f"tasks 1 to {NUM_TASKS}."
             )
-        return cls(env, behaviour, mode, task_id)
+        return cls(env, behaviour, mode, task_id, match["size"])
 
     def __str__(self) -> str:
         goal = {"goal": "", "oraclerep": "-oraclerep", "singletask": "-singletask"}[self.mode]
         task = "" if self.task_id is None else f"-task{self.task_id}"
-        return f"{self.env}-{self.behaviour}{goal}{task}-v0"
+        return self.dataset.removesuffix("-v0") + f"{goal}{task}-v0"
 
     @property
     def dataset(self) -> str:
         """The stem of the dataset's file, shared by all modes and tasks."""
-        return f"{self.env}-{self.behaviour}-v0"
+        size = "" if self.size is None else f"-{self.size}"
+        return f"{self.env}-{self.behaviour}{size}-v0"
 
     @property
     def env_id(self) -> str:

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
-import torch
-from tensordict import NestedKey, TensorDict
-from torchrl.data import Bounded, Composite, ImmutableDatasetWriter, Unbounded
-from torchrl.data.datasets.common import BaseDatasetExperienceReplay
-from torchrl.data.datasets.utils import _get_root_dir
-from torchrl.data.replay_buffers.samplers import Sampler
-from torchrl.data.replay_buffers.writers import Writer
-from torchrl.envs.transforms import ObservationNorm, Transform
-
-from torchrl_mac.data.conversion import SourceFile, convert_rows, is_complete, load_metadata
+from torchrl_mac.data.columns import is_complete, load_metadata
+from torchrl_mac.data.goals import GoalDistribution
+from torchrl_mac.data.labels import STATE_KEYS, column_folder, convert_columns, label_of
 from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.replay import ActionChunkExperienceReplay
+from torchrl_mac.data.sources import OGBenchSource, Source, find_shards
 from torchrl_mac.data.statistics import ObservationStatistics
-from torchrl_mac.data.storage import ActionChunkStorage
-from torchrl_mac.data.tasks import convert_task, task_folder
 
 __all__ = ["OGBenchExperienceReplay"]
 
 _SOURCE_FOLDER = Path("~/.ogbench/data")  # where ogbench.download_datasets puts files
+_MAC_GOALS = {
+    "value_goal": GoalDistribution(current=0.2, trajectory=0.5, random=0.3),
+    "actor_goal": GoalDistribution(current=0.0, trajectory=0.5, random=0.5, gamma=0.999),
+}
 
 
-class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
+class OGBenchExperienceReplay(ActionChunkExperienceReplay):
     r"""An OGBench dataset (https://arxiv.org/abs/2410.20092), sampled in action chunks.
 
-    The npz file is converted once into a memory map,
-    ``{root}/cube-single-play-v0/{train,val}/{rows,tasks,metadata.json}``, and not needed again
-    until another task is asked for. There is one row per stored state and no copy of next
-    observations:
+    The npz file, or the shards that make up a large set, are converted once into a memory map,
+    ``{root}/cube-single-play-v0/{train,val}/{rows,columns,metadata.json}``, and not needed again
+    until another task is asked for. A conversion that is interrupted goes on at the shard where
+    it was. There is one row per stored state and no copy of next observations:
 
     =========================  ============  ==================================================
     key                        row shape     value
@@ -47,14 +43,17 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
     ``("next", "terminated")`` ``[1]``       the task is solved in :math:`s_t`, else ``False``
     ``("next", "truncated")``  ``[1]``       last row of the episode and not terminated
     ``("next", "done")``       ``[1]``       terminated or truncated
+    ``"oracle_rep"``           ``[G]``       goal representation of :math:`s_t`; oraclerep only
     =========================  ============  ==================================================
 
     OGBench's single-task rewards speak of :math:`s_t`, not of :math:`s_{t+1}`. Its terminations
     do not end the recorded episodes, which go on after a task is solved. A dataset without a
     task has no reward and never terminates.
 
-    Samples are the transitions of :class:`~torchrl_mac.data.ActionChunkStorage` and, with
-    ``chunk_size=1``, TorchRL's usual ones. ``buffer[i]`` and ``buffer[:]`` are rows.
+    Samples are the transitions of :class:`~torchrl_mac.data.ActionChunkStorage`. Names with
+    ``oraclerep`` have goals, by default MAC's: ``"value_goal"`` (the current state with
+    probability 0.2, a uniform later one of the trajectory with 0.5, any with 0.3) and
+    ``"actor_goal"`` (a geometric later one or any, 0.5 each).
 
     Args:
         dataset_id (str): an OGBench name, such as ``"cube-single-play-v0"``,
@@ -63,33 +62,20 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         batch_size (int, optional): the number of chunks in a sample.
 
     Keyword Args:
-        root (Path or str, optional): where conversions are kept. Defaults to
-            ``~/.cache/torchrl/ogbench``.
-        source (Path or str, optional): the training npz file, with its ``-val.npz`` beside it,
-            or the folder that holds both. Defaults to ``~/.ogbench/data``, where OGBench
-            downloads to.
-        split (str, optional): ``"train"`` or ``"val"``. Defaults to ``"train"``.
-        chunk_size (int, optional): the number of actions in a chunk. Defaults to 1.
-        gamma (float, optional): discount per environment step in the sum of a chunk's rewards.
-            Defaults to 1.
-        ignore_terminated (bool, optional): if ``True``, samples are never terminated.
-            Defaults to ``False``.
-        sampler (Sampler, optional): defaults to an
-            :class:`~torchrl_mac.data.ActionChunkSampler` of ``chunk_size``.
-        writer (Writer, optional): defaults to :class:`~torchrl.data.ImmutableDatasetWriter`.
-        collate_fn (callable, optional): see :class:`~torchrl.data.ReplayBuffer`, like the
-            following.
-        pin_memory (bool, optional): pins the memory of samples. Defaults to ``False``.
-        prefetch (int, optional): the number of batches to prepare ahead. Reproducible up to 1.
-        transform (Transform, optional): applied to samples, see also :meth:`observation_norm`.
-        generator (torch.Generator, optional): where the sampler draws from.
+        source (Path, str or a sequence of them, optional): the training npz file; a folder that
+            holds it, or its shards ``{dataset}-*.npz``; or several of these. Each file has its
+            ``-val.npz`` beside it. Defaults to ``~/.ogbench/data``, where OGBench downloads to.
+        columns (sequence of str, optional): further arrays of the files to have in rows and, at
+            both ends of the chunk, in samples: ``"qpos"``, ``"qvel"``, ``"button_states"``.
+        **kwargs: the others of :class:`~torchrl_mac.data.ActionChunkExperienceReplay`: ``root``,
+            ``split``, ``chunk_size``, ``gamma``, ``ignore_terminated``, ``goals``, ``device``,
+            ``workers``, ``prefetch``, ``generator``, ...
 
     Raises:
         ValueError: if the name, or the content of the source, is not OGBench's.
         FileNotFoundError: if something must be converted and there is no source.
-        ImportError: if a task must be converted and OGBench is not installed.
+        ImportError: if labels must be converted and OGBench is not installed.
         OSError: if ``root`` cannot be written.
-        NotImplementedError: for ``"oraclerep"`` names.
 
     Examples:
         >>> import tempfile, numpy as np
@@ -113,70 +99,39 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
         >>> folder.cleanup()
     """
 
+    _remedy = (
+        "Pass source=, or get the files with `torchrl-mac-data generate` or `torchrl-mac-data "
+        "download`."
+    )
+
     def __init__(
         self,
         dataset_id: str,
         batch_size: int | None = None,
         *,
-        root: str | Path | None = None,
-        source: str | Path | None = None,
-        split: Literal["train", "val"] = "train",
-        chunk_size: int = 1,
-        gamma: float = 1.0,
-        ignore_terminated: bool = False,
-        sampler: Sampler | None = None,
-        writer: Writer | None = None,
-        collate_fn: Callable | None = None,
-        pin_memory: bool = False,
-        prefetch: int | None = None,
-        transform: Transform | None = None,
-        generator: torch.Generator | None = None,
+        source: str | Path | Sequence[str | Path] | None = None,
+        columns: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
-        self.dataset_id = dataset_id
         self.name = OGBenchName.parse(dataset_id)
+        unknown = set(columns) - set(STATE_KEYS)
+        if unknown:
+            raise ValueError(f"columns={sorted(unknown)} do not exist; choose among {STATE_KEYS}.")
+        label = label_of(self.name)
+        self._labels = [*([label] if label else []), *columns]
+        self._observation_keys = ["observation", *columns]
         if self.name.mode == "oraclerep":
-            raise NotImplementedError(
-                f"{dataset_id!r}: goals as oracle representations are not available yet; use "
-                f"{self.name.dataset!r} or a singletask name."
-            )
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', got {split!r}.")
-        self.split = split
-        self.root = _get_root_dir("ogbench") if root is None else Path(root).expanduser()
-        self._source = None if source is None else Path(source)
-
-        if source is not None or not self._is_downloaded():
-            for part in dict.fromkeys((split, "val")):  # normalisation is based on "val"
-                self._convert(part)
-        self.metadata = load_metadata(self.data_path)
-        super().__init__(
-            batch_size=batch_size,
-            storage=_DatasetStorage(self._load(), gamma=gamma, ignore_terminated=ignore_terminated),
-            sampler=ActionChunkSampler(chunk_size) if sampler is None else sampler,
-            writer=ImmutableDatasetWriter() if writer is None else writer,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            prefetch=prefetch,
-            transform=transform,
-            generator=generator,
-        )
-
-    @property
-    def data_path(self) -> Path:
-        """The folder of the converted split."""
-        return self.data_path_root / self.split
-
-    @property
-    def data_path_root(self) -> Path:
-        """The folder of the converted dataset, with all its splits and tasks."""
-        return self.root / self.name.dataset
+            self._goal_key = "oracle_rep"
+            kwargs.setdefault("goals", _MAC_GOALS)
+        self._default_source = [_SOURCE_FOLDER.expanduser()]
+        super().__init__(dataset_id, batch_size, source=source, **kwargs)
 
     @property
     def task_id(self) -> int | None:
         """The number of the task, resolved for the default one; ``None`` without a task."""
         if self.name.mode != "singletask":
             return None
-        return load_metadata(task_folder(self.data_path, self.name))["task_id"]
+        return load_metadata(self._label_folder(self.split, self._labels[0]))["task_id"]
 
     @functools.cached_property
     def statistics(self) -> ObservationStatistics:
@@ -184,101 +139,29 @@ class OGBenchExperienceReplay(BaseDatasetExperienceReplay):
 
         Warns and falls back to the training split if there is no validation split.
         """
-        folder = self.data_path_root / "val"
-        if not is_complete(folder):
+        if not is_complete(self.data_path_root / "val"):
             warnings.warn(
                 f"{self.name.dataset} has no validation split in {self.root}: statistics are those "
                 "of the training split.",
                 stacklevel=2,
             )
-            folder = self.data_path
-        return ObservationStatistics.from_dict(load_metadata(folder)["statistics"])
+        return super().statistics
 
-    def observation_norm(
-        self,
-        kind: Literal["min_max", "mean_std"] = "min_max",
-        in_keys: Sequence[NestedKey] = ("observation", ("next", "observation")),
-    ) -> ObservationNorm:
-        """A transform that normalises observations with :attr:`statistics`.
+    def _dataset_name(self) -> str:
+        return self.name.dataset
 
-        Args:
-            kind (str, optional): see :meth:`ObservationStatistics.loc_scale`. Defaults to
-                ``"min_max"``, MAC's normalisation.
-            in_keys (sequence of NestedKey, optional): what to normalise. Defaults to the
-                observations of a sample; for an environment pass ``["observation"]``.
-        """
-        loc, scale = self.statistics.loc_scale(kind)
-        return ObservationNorm(loc, scale, in_keys=list(in_keys), standard_normal=True)
+    def _find(self, source: Sequence[Path]) -> list[Path]:
+        return find_shards(source, self.name.dataset)
 
-    @property
-    def observation_spec(self) -> Composite:
-        """The environment's observations."""
-        return Composite(observation=Unbounded((self.metadata["observation_dim"],)))
+    def _open(self, path: Path) -> Source:
+        return OGBenchSource(path)
 
-    @property
-    def action_spec(self) -> Bounded:
-        """The environment's actions (a chunk holds several)."""
-        return Bounded(-1.0, 1.0, (self.metadata["action_dim"],))
+    def _describe(self) -> dict[str, Any]:
+        return {"env": self.name.env, "behaviour": self.name.behaviour}
 
-    def _is_downloaded(self) -> bool:
-        has_task = self.name.mode == "singletask"
-        folders = [self.data_path, *([task_folder(self.data_path, self.name)] if has_task else [])]
-        return all(map(is_complete, folders))
+    def _convert_label(self, label: str, sources: list[Source], folder: Path) -> None:
+        files = cast("list[OGBenchSource]", sources)
+        convert_columns(files, folder, self.name, label, workers=self._workers)
 
-    def _source_path(self, split: str) -> Path:
-        path = (self._source or _SOURCE_FOLDER).expanduser()
-        if path.suffix != ".npz":
-            path = path / f"{self.name.dataset}.npz"
-        return path if split == "train" else path.with_name(f"{path.stem}-val.npz")
-
-    def _convert(self, split: str) -> None:
-        """Converts what is missing of a split; only :attr:`split` must have a source then."""
-        path = self._source_path(split)
-        if not path.is_file():
-            if split == self.split and not self._is_downloaded():
-                raise FileNotFoundError(
-                    f"{self.dataset_id!r} ({split}) is not yet converted in {self.root} and {path} "
-                    "does not exist. Pass source=, or get the file with ogbench.download_datasets "
-                    "or torchrl_mac.data.generate_dataset."
-                )
-            return
-        source, folder = SourceFile(path), self.data_path_root / split
-        if not is_complete(folder):
-            convert_rows(source, folder, self.name, split)
-        elif source.checksums != load_metadata(folder)["source"]["checksums"]:
-            raise ValueError(
-                f"{path} is not the file that {folder} was converted from; delete that folder, or "
-                "pass another root=."
-            )
-        if split == self.split and self.name.mode == "singletask":
-            convert_task(source, folder, self.name)
-
-    def _load(self) -> TensorDict:
-        rows = TensorDict.load_memmap(self.data_path / "rows")
-        if self.name.mode == "singletask":
-            task = TensorDict.load_memmap(task_folder(self.data_path, self.name) / "rows")
-            rows = TensorDict({**rows.exclude("next"), **task}, batch_size=rows.batch_size)
-        return rows.lock_()
-
-
-class _DatasetStorage(ActionChunkStorage):
-    """Rows that are on disk for good: not to be written, nor to be copied into checkpoints."""
-
-    def set(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(ImmutableDatasetWriter.WRITING_ERR)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": len(self)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["rows"] != len(self):
-            raise ValueError(
-                f"The checkpoint is of a dataset of {state_dict['rows']} rows, this one has "
-                f"{len(self)}."
-            )
-
-    def dumps(self, path: str | Path) -> None:
-        pass
-
-    def loads(self, path: str | Path) -> None:
-        pass
+    def _label_folder(self, split: str, label: str) -> Path:
+        return column_folder(self.data_path_root / split, label)

@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Generator
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -19,7 +20,29 @@ from torchrl_mac.data.rollouts import OracleRollout
 __all__ = ["Episode", "Job", "make_episodes"]
 
 Episode = dict[str, np.ndarray]
-Job = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An episode to make.
+
+    Args:
+        shard (int): the number of its shard.
+        split (int): 0 for training and 1 for validation.
+        index (int): its number within the split of the shard.
+
+    Examples:
+        >>> str(Job(shard=2, split=1, index=0))
+        'validation episode 0 of shard 2'
+    """
+
+    shard: int
+    split: int
+    index: int
+
+    def __str__(self) -> str:
+        split = ("training", "validation")[self.split]
+        return f"{split} episode {self.index} of shard {self.shard}"
 
 
 def make_episodes(
@@ -29,8 +52,7 @@ def make_episodes(
 
     Args:
         name (OGBenchName): the dataset.
-        jobs (list of tuples of int): for each episode its split, 0 for training and 1 for
-            validation, and its number within the split.
+        jobs (list of Job): the episodes.
 
     Keyword Args:
         seed (int): the dataset's seed.
@@ -46,8 +68,8 @@ def make_episodes(
     """
     if workers == 1:
         rollout = OracleRollout.make(name)
-        for split, index in jobs:
-            yield (split, index), rollout.episode(seed=seed, split=split, index=index, steps=steps)
+        for job in jobs:
+            yield job, rollout.episode(seed=seed, steps=steps, **vars(job))
         return
 
     # A fork server imports the heavy packages once for all workers, and has no threads to fork.
@@ -101,8 +123,7 @@ def _receive(connection: Connection, process: Any) -> tuple[Job, Episode]:
             'protect that script with `if __name__ == "__main__":`.'
         ) from err
     if error is not None:
-        split = ("training", "validation")[job[0]]
-        raise RuntimeError(f"Making {split} episode {job[1]} failed in a worker:\n{error}")
+        raise RuntimeError(f"Making {job} failed in a worker:\n{error}")
     return job, episode
 
 
@@ -116,7 +137,7 @@ def _work(connection: Connection, name: OGBenchName, seed: int, steps: int) -> N
             episode, error = None, None
             try:
                 rollout = rollout or OracleRollout.make(name)
-                episode = rollout.episode(seed=seed, split=job[0], index=job[1], steps=steps)
+                episode = rollout.episode(seed=seed, steps=steps, **vars(job))
             except Exception:
                 error = traceback.format_exc()
             connection.send((job, episode, error))

@@ -92,8 +92,8 @@ class OfficialSettings:
 class OracleRollout(abc.ABC):
     """Lets a scripted oracle act in its OGBench environment, episode by episode.
 
-    An episode depends on ``(seed, split, index)`` alone, not on which episodes this object made
-    before, so that any number of processes makes the same dataset.
+    An episode depends on ``(seed, shard, split, index)`` alone, not on which episodes this object
+    made before, so that any number of processes makes the same dataset.
 
     Args:
         name (OGBenchName): the dataset to make episodes of.
@@ -139,21 +139,27 @@ class OracleRollout(abc.ABC):
             return ManipulationRollout(name, settings)
         return PointMazeRollout(name, settings)
 
-    def episode(self, *, seed: int, split: int, index: int, steps: int) -> dict[str, np.ndarray]:
+    def episode(
+        self, *, seed: int, split: int, index: int, steps: int, shard: int = 0
+    ) -> dict[str, np.ndarray]:
         """Makes one episode.
 
         Args:
             seed (int): the dataset's seed.
             split (int): 0 for training, 1 for validation.
-            index (int): the episode's number within its split.
+            index (int): the episode's number within its split and shard.
             steps (int): number of rows.
+            shard (int, optional): the shard's number; the first one is like a dataset that is not
+                sharded. Defaults to 0.
 
         Returns:
             dict[str, np.ndarray]: the columns of OGBench's files, each with ``steps`` rows.
         """
+        shard_key = (shard,) if shard else ()
         attempt = 0
         while True:
-            with _seeded(np.random.SeedSequence(seed, spawn_key=(split, index, attempt))):
+            key = (split, index, attempt, *shard_key)
+            with _seeded(np.random.SeedSequence(seed, spawn_key=key)):
                 episode = self._columns(self._rows(steps))
             if self._is_usable(episode):
                 return episode

@@ -1,18 +1,26 @@
-"""Draws windows of consecutive rows that stay inside an episode."""
+"""Draws windows of consecutive rows that stay inside an episode, and goals for them."""
 
 from __future__ import annotations
 
+import json
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
+from torchrl_mac.data.files import write_json
+from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = ["ActionChunkSampler"]
+
+_STATE = "action_chunk_sampler.json"
 
 
 class ActionChunkSampler(Sampler):
@@ -21,13 +29,21 @@ class ActionChunkSampler(Sampler):
     A start ``t`` is valid if the state ``h`` rows later belongs to the same episode: an episode
     of ``T`` stored states has ``T - h`` of them. The sampler returns the row numbers
     ``[B, h + 1]`` of the windows ``t, ..., t + h`` and
-    :class:`~torchrl_mac.data.ActionChunkStorage` makes transitions of them. Drawing takes
-    O(B log E) time and O(E) memory for E episodes, whatever the number of rows.
+    :class:`~torchrl_mac.data.ActionChunkStorage` makes transitions of them. With ``goals`` it
+    returns a TensorDict of the windows and, for each goal, the row number of a state. Drawing
+    takes O(B log E) time and O(E) memory for E episodes, whatever the number of rows.
 
-    Random numbers come from the ``generator`` of the replay buffer, else from the default one.
+    What is drawn is a function of the seed and of the number of batches drawn before, both of
+    which are in the sampler's state: a restored sampler goes on exactly where the saved one was.
 
     Args:
         chunk_size (int, optional): the number of actions ``h`` in a chunk. Defaults to 1.
+
+    Keyword Args:
+        goals (dict of NestedKey to GoalDistribution, optional): the goals to draw, by the entries
+            that they become in a batch, such as ``"value_goal"``.
+        seed (int, optional): the seed. Default: drawn from the ``generator`` of the replay
+            buffer, else from PyTorch's default one, with the first batch.
 
     Raises:
         ValueError: if ``chunk_size`` is smaller than 1 or, when sampling, if no episode is
@@ -39,7 +55,7 @@ class ActionChunkSampler(Sampler):
         >>> from tensordict import TensorDict
         >>> from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
         >>> rows = TensorDict(episode=torch.tensor([0, 0, 0, 0, 1, 1, 1]), batch_size=[7])
-        >>> sampler = ActionChunkSampler(2)
+        >>> sampler = ActionChunkSampler(2, seed=0)
         >>> index, _ = sampler.sample(ActionChunkStorage(rows), batch_size=500)
         >>> index.unique(dim=0)
         tensor([[0, 1, 2],
@@ -47,77 +63,141 @@ class ActionChunkSampler(Sampler):
                 [4, 5, 6]])
     """
 
-    def __init__(self, chunk_size: int = 1) -> None:
+    def __init__(
+        self,
+        chunk_size: int = 1,
+        *,
+        goals: Mapping[NestedKey, GoalDistribution] | None = None,
+        seed: int | None = None,
+    ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
-        self._cache: tuple[Any, ...] | None = None
+        self.goals = {unravel_key(key): goal for key, goal in (goals or {}).items()}
+        self.seed = seed
+        self.step = 0
+        self._cache: dict[int, tuple[Any, ...]] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
 
-    def sample(self, storage: ActionChunkStorage, batch_size: int) -> tuple[Tensor, dict]:
-        """Draws windows of rows.
+    def sample(
+        self, storage: ActionChunkStorage, batch_size: int
+    ) -> tuple[Tensor | TensorDict, dict]:
+        """Draws windows of rows, and goals.
 
         Args:
             storage (ActionChunkStorage): where the rows are.
             batch_size (int): the number of windows ``B``.
 
         Returns:
-            the row numbers, ``[B, chunk_size + 1]`` int64, and an empty dictionary.
+            the row numbers, ``[B, chunk_size + 1]`` int64 (with goals a TensorDict with these as
+            ``"window"``, and the goals), and an empty dictionary.
         """
-        total, cumulative, offset = self._starts(storage)
+        if self.seed is None:
+            self.seed = int(torch.randint(2**62, (), generator=self._rng))
+        generator = self._generator(self.seed, self.step, storage)
+        self.step += 1
+        return self.draw(storage, batch_size, generator), {}
+
+    def draw(
+        self, storage: ActionChunkStorage, batch_size: int, generator: torch.Generator
+    ) -> Tensor | TensorDict:
+        """Draws as :meth:`sample` does, from a generator on the storage's device.
+
+        Works on the device alone, so that it can be captured in a CUDA graph once it was called.
+        """
+        total, cumulative, offset, last = self._starts(storage, self.chunk_size)
         if total == 0:
             raise ValueError(
                 f"No episode is longer than chunk_size={self.chunk_size} ({len(cumulative)} "
                 f"episodes in {len(storage)} rows); choose a smaller chunk_size."
             )
-        device = None if self._rng is None else self._rng.device
-        rank = torch.randint(total, (batch_size,), generator=self._rng, device=device)
-        rank = rank.to(cumulative.device)
-        start = rank + offset[torch.searchsorted(cumulative, rank, right=True)]
-        return start.unsqueeze(-1) + torch.arange(self.chunk_size + 1), {}
+        device = generator.device
+        rank = torch.randint(total, (batch_size,), generator=generator, device=device)
+        episode = torch.searchsorted(cumulative, rank, right=True)
+        start = rank + offset[episode]
+        window = start.unsqueeze(-1) + torch.arange(self.chunk_size + 1, device=device)
+        if not self.goals:
+            return window
+        index = TensorDict(window=window, batch_size=[batch_size])
+        last = last[episode]
+        any_total, any_cumulative, any_offset, _ = self._starts(storage, 1)
+        shape = (len(self.goals), batch_size)
+        rank = torch.randint(any_total, shape, generator=generator, device=device)
+        anywhere = rank + any_offset[torch.searchsorted(any_cumulative, rank, right=True)]
+        uniform = torch.rand(
+            (len(self.goals), 3, batch_size),
+            generator=generator,
+            device=device,
+            dtype=torch.float64,
+        )
+        for i, (key, goal) in enumerate(self.goals.items()):
+            index.set(key, goal.choose(start, last, anywhere[i], uniform[i]))
+        return index
 
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""
-        return self._starts(storage)[0]
+        return self._starts(storage, self.chunk_size)[0]
 
     def _sampleable_count(self, storage: ActionChunkStorage, batch_size: int) -> int:
         return self.num_starts(storage)
 
-    def _starts(self, storage: ActionChunkStorage) -> tuple[int, Tensor, Tensor]:
-        """The number of starts, that up to each episode's end, and start row minus its rank."""
-        if self._cache is not None:
-            cached_storage, version, starts = self._cache
+    def _generator(self, seed: int, step: int, storage: ActionChunkStorage) -> torch.Generator:
+        device = torch.device(getattr(storage, "device", "cpu"))
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(_mixed(seed, step))
+
+    def _starts(
+        self, storage: ActionChunkStorage, chunk_size: int
+    ) -> tuple[int, Tensor, Tensor, Tensor]:
+        """The number of starts and, per episode, that up to its end, start row minus rank, end."""
+        if chunk_size in self._cache:
+            cached_storage, version, starts = self._cache[chunk_size]
             if cached_storage() is storage and version == storage.version:
                 return starts
         if not isinstance(storage, ActionChunkStorage):
             raise TypeError(
                 f"{type(self).__name__} needs an ActionChunkStorage, got {type(storage).__name__}."
             )
-        ends = storage.episode_ends.cpu()
+        ends = storage.episode_ends
         first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])[: len(ends)]
-        count = (ends + 1 - first - self.chunk_size).clamp_min(0)
+        count = (ends + 1 - first - chunk_size).clamp_min(0)
         cumulative = count.cumsum(0)
-        starts = int(count.sum()), cumulative, first - (cumulative - count)
-        self._cache = weakref.ref(storage), storage.version, starts
+        starts = int(count.sum()), cumulative, first - (cumulative - count), ends
+        self._cache[chunk_size] = weakref.ref(storage), storage.version, starts
         return starts
 
     def state_dict(self) -> dict[str, Any]:
-        """An empty dictionary: the only state is the replay buffer's generator."""
-        return {}
+        """The seed and the number of batches drawn."""
+        return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing."""
+        """Restores what :meth:`state_dict` returned."""
+        self.seed, self.step = state_dict["seed"], state_dict["step"]
 
     def dumps(self, path: str | Path) -> None:
-        """Does nothing."""
+        """Writes the state into a folder."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        write_json(Path(path) / _STATE, self.state_dict())
 
     def loads(self, path: str | Path) -> None:
-        """Does nothing."""
+        """Reads the state from a folder."""
+        self.load_state_dict(json.loads((Path(path) / _STATE).read_text(encoding="utf-8")))
 
     def _empty(self) -> None:
-        self._cache = None
+        self._cache = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None}
+        return {**super().__getstate__(), "_cache": {}, "_generators": {}}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(chunk_size={self.chunk_size})"
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed for each (seed, step), well apart for neighbouring ones (SplitMix64's finaliser)."""
+    mask = 2**64 - 1
+    z = (seed * 0x9E3779B97F4A7C15 + step + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return (z ^ z >> 31) & 2**63 - 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ObservationStatistics"]
+__all__ = ["ObservationStatistics", "RunningStatistics"]
+
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +39,20 @@ class ObservationStatistics:
     std: Tensor
 
     @classmethod
-    def from_rows(cls, rows: np.ndarray, block: int = 1 << 16) -> ObservationStatistics:
-        """Statistics of ``rows`` ``[N, O]``, in float64 and in blocks that bound the memory."""
-        blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
-        mean = sum(part.sum(0, dtype=np.float64) for part in blocks) / len(rows)
-        variance = sum(((part - mean) ** 2).sum(0) for part in blocks) / len(rows)
-        return cls.from_dict(
-            {"min": rows.min(0), "max": rows.max(0), "mean": mean, "std": np.sqrt(variance)}
-        )
+    def from_rows(cls, rows: np.ndarray) -> ObservationStatistics:
+        """Statistics of ``rows`` ``[N, O]``, in float64."""
+        running = RunningStatistics()
+        running.update(rows)
+        return cls.from_running([running.to_dict()])
+
+    @classmethod
+    def from_running(cls, parts: Sequence[dict]) -> ObservationStatistics:
+        """Statistics of all rows behind several :meth:`RunningStatistics.to_dict`."""
+        total = RunningStatistics()
+        for part in parts:
+            total.merge(**part)
+        std = np.sqrt(total.square / total.count)
+        return cls.from_dict({"min": total.min, "max": total.max, "mean": total.mean, "std": std})
 
     @classmethod
     def from_dict(cls, values: dict) -> ObservationStatistics:
@@ -75,3 +84,53 @@ class ObservationStatistics:
         if kind == "mean_std":
             return self.mean, self.std + eps
         raise ValueError(f"kind must be 'min_max' or 'mean_std', got {kind!r}.")
+
+
+class RunningStatistics:
+    """What statistics are computed from, gathered block by block in bounded memory.
+
+    Examples:
+        >>> running = RunningStatistics()
+        >>> running.update(np.float32([[0.0], [1.0]]))
+        >>> running.update(np.float32([[5.0]]))
+        >>> running.mean, running.square  # the mean and the sum of squared deviations from it
+        (array([2.]), array([14.]))
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.min = self.max = self.mean = self.square = np.zeros(0)
+
+    def update(self, rows: np.ndarray) -> None:
+        """Adds rows ``[N, O]``."""
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            mean = block.mean(0, dtype=np.float64)
+            square = ((block - mean) ** 2).sum(0)
+            self.merge(len(block), block.min(0), block.max(0), mean, square)
+
+    def merge(
+        self,
+        count: int,
+        min: Sequence[float] | np.ndarray,
+        max: Sequence[float] | np.ndarray,
+        mean: Sequence[float] | np.ndarray,
+        square: Sequence[float] | np.ndarray,
+    ) -> None:
+        """Adds rows of which these statistics are known."""
+        low, high, centre, spread = (np.asarray(x, np.float64) for x in (min, max, mean, square))
+        if self.count:
+            total = self.count + count
+            shift = centre - self.mean
+            low, high = np.minimum(self.min, low), np.maximum(self.max, high)
+            centre = self.mean + shift * (count / total)
+            spread = self.square + spread + shift**2 * (self.count * count / total)
+        self.min, self.max, self.mean, self.square = low, high, centre, spread
+        self.count += count
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of :meth:`merge`, for JSON."""
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in vars(self).items()
+        }

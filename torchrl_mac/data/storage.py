@@ -37,6 +37,12 @@ class ActionChunkStorage(TensorStorage):
     ``("next", "done")``        ``[B, 1]``    terminated or truncated
     ==========================  ============  ================================================
 
+    With goals, the index is a TensorDict with that ``"window"`` and, for each goal, the row
+    number of a state, ``[B]``. Each becomes an entry of the batch, read from ``goal_key``, and
+    those under ``reward_goal`` decide the rewards and ends, which are then of the chunk, not of
+    its steps: the chunk terminates with reward 0 if one of the rows t to t+h-1 *is* the goal's,
+    and has reward -1 otherwise (1 and 0 with ``negative_reward=False``).
+
     Args:
         rows (TensorDictBase): the rows, of batch size ``[N]``.
 
@@ -51,6 +57,14 @@ class ActionChunkStorage(TensorStorage):
             Rows without it give chunks without it. Defaults to ``"reward"``.
         traj_key (NestedKey, optional): a number that is constant within an episode and differs
             between neighbouring ones, shape ``[N]`` or ``[N, 1]``. Defaults to ``"episode"``.
+        goal_key (NestedKey, optional): the entry that goals are read from. Defaults to
+            ``"observation"``.
+        reward_goal (NestedKey, optional): the goal that rewards speak of. Defaults to
+            ``"value_goal"``.
+        negative_reward (bool, optional): whether a chunk's reward for its goal is -1 or 0, or
+            else 0 or 1. Defaults to ``True``.
+        episode_ends (Tensor, optional): the row number of the last row of each episode, ``[E]``
+            int64. Default: found in the rows, which are all read for it.
         device (torch.device, optional): see :class:`~torchrl.data.TensorStorage`.
 
     Raises:
@@ -93,6 +107,10 @@ class ActionChunkStorage(TensorStorage):
         action_key: NestedKey = "action",
         reward_key: NestedKey = "reward",
         traj_key: NestedKey = "episode",
+        goal_key: NestedKey = "observation",
+        reward_goal: NestedKey = "value_goal",
+        negative_reward: bool = True,
+        episode_ends: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(rows, device=device)
@@ -102,12 +120,20 @@ class ActionChunkStorage(TensorStorage):
         self.action_key = unravel_key(action_key)
         self.reward_key = unravel_key(reward_key)
         self.traj_key = unravel_key(traj_key)
+        self.goal_key = unravel_key(goal_key)
+        self.reward_goal = unravel_key(reward_goal)
+        self.negative_reward = negative_reward
         self._ends: tuple[tuple[int, int], Tensor] | None = None
+        if episode_ends is not None:
+            self._ends = self.version, episode_ends.to(self.device)
 
     def get(self, index: Any) -> Any:
-        """Rows, or chunks of them if ``index`` has two dimensions."""
+        """Rows, or chunks of them if ``index`` has two dimensions or is a TensorDict."""
+        if isinstance(index, TensorDictBase):
+            return self._get_chunks(index.to(self.device))
         if getattr(index, "ndim", 0) == 2:
-            return self._get_chunks(torch.as_tensor(index, device=self.device))
+            window = torch.as_tensor(index, device=self.device)
+            return self._get_chunks(TensorDict(window=window, batch_size=window.shape[:1]))
         return super().get(index)
 
     @property
@@ -139,11 +165,12 @@ class ActionChunkStorage(TensorStorage):
     def _has(self, key: NestedKey) -> bool:
         return self._storage.get(key, None) is not None
 
-    def _get_chunks(self, index: Tensor) -> TensorDict:
-        chunk_size = index.shape[1] - 1
+    def _get_chunks(self, index: TensorDictBase) -> TensorDict:
+        window = index.get("window")
+        chunk_size = window.shape[1] - 1
         if chunk_size < 1:
             raise ValueError("A window of one row holds no action: index [B, h + 1] with h >= 1.")
-        start, end = index[:, 0].contiguous(), index[:, -1].contiguous()
+        start, end = window[:, 0].contiguous(), window[:, -1].contiguous()
         chunks = TensorDict(batch_size=start.shape, device=self._storage.device)
         following = TensorDict(batch_size=start.shape, device=self._storage.device)
         for key in self.observation_keys:
@@ -152,21 +179,37 @@ class ActionChunkStorage(TensorStorage):
             following.set(key, column.index_select(0, end))
         action = _windows(self._column(self.action_key), start, chunk_size)
         chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
+        for key in index.keys(True, True):
+            if key != "window":
+                chunks.set(key, self._column(self.goal_key).index_select(0, index.get(key)))
 
-        if self._has(reward_key := unravel_key(("next", self.reward_key))):
-            reward = _windows(self._column(reward_key), start, chunk_size)
-            discount = self.gamma ** torch.arange(chunk_size, device=reward.device)
-            following.set(self.reward_key, reward.mul_(discount.unsqueeze(-1)).sum(1))
+        goal = index.get(self.reward_goal, None)
+        if goal is None:
+            reward, terminated = self._labels(start, chunk_size)
+        else:
+            terminated = ((start <= goal) & (goal < end)).unsqueeze(-1)
+            reward = terminated.to(torch.float32) - float(self.negative_reward)
+        if reward is not None:
+            following.set(self.reward_key, reward)
         last = self.episode_ends[torch.searchsorted(self.episode_ends, end)] == end
         last = last.unsqueeze(-1)
-        if self.ignore_terminated or not self._has(("next", "terminated")):
+        if terminated is None or self.ignore_terminated:
             terminated = torch.zeros_like(last)
-        else:
-            terminated = _windows(self._column(("next", "terminated")), start, chunk_size).any(1)
         following.set("terminated", terminated)
         following.set("truncated", last & ~terminated)
         following.set("done", last | terminated)
         return chunks.set("next", following)
+
+    def _labels(self, start: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | None]:
+        """The chunks' discounted rewards and whether they terminate, where the rows tell."""
+        reward = terminated = None
+        if self._has(reward_key := unravel_key(("next", self.reward_key))):
+            reward = _windows(self._column(reward_key), start, chunk_size)
+            discount = self.gamma ** torch.arange(chunk_size, device=reward.device)
+            reward = reward.mul_(discount.unsqueeze(-1)).sum(1)
+        if not self.ignore_terminated and self._has(("next", "terminated")):
+            terminated = _windows(self._column(("next", "terminated")), start, chunk_size).any(1)
+        return reward, terminated
 
 
 def _windows(column: Tensor, start: Tensor, length: int) -> Tensor:

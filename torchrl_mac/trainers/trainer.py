@@ -163,7 +163,7 @@ class OfflineTrainer:
                 if self.target_updater is not None and self.target_updater.loss_module is loss:
                     updater = self.target_updater
         parameters = [parameter for loss in trained for parameter in loss.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=phase.lr)
+        optimizer = torch.optim.Adam(parameters, lr=phase.lr, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.lr_factor)
         return LossUpdate(trained, optimizer, updater), schedule
 

@@ -8,7 +8,7 @@ import ogbench
 import pytest
 from ogbench_files import LENGTHS, make_arrays
 
-from torchrl_mac.data import OGBenchExperienceReplay, OGBenchName, tasks
+from torchrl_mac.data import OGBenchExperienceReplay, OGBenchName, labels
 
 CUBE = "cube-single-play-singletask-task2-v0"
 MAZE = "pointmaze-medium-navigate-singletask-task3-v0"
@@ -108,20 +108,18 @@ def test_bad_states_are_named(write_npz, tmp_path, qpos, message):
     with pytest.raises(ValueError, match=message):
         OGBenchExperienceReplay(CUBE, root=root, source=write_npz(qpos=qpos))
     folder = root / "cube-single-play-v0" / "train"
-    assert [path.name for path in (folder / "tasks").iterdir()] == [".task2.lock"]
+    assert [path.name for path in (folder / "columns").iterdir()] == [".task2.lock"]
     assert len(OGBenchExperienceReplay("cube-single-play-v0", root=root)) == sum(LENGTHS)
 
 
 def test_buttons_are_needed_where_there_are_some():
     with pytest.raises(KeyError, match="button_states"):
-        tasks.relabel(
-            OGBenchName.parse("puzzle-3x3-play-singletask-v0"),
-            {"qpos": np.zeros((4, 23), np.float32)},
-        )
+        name = OGBenchName.parse("puzzle-3x3-play-singletask-v0")
+        labels.LabelledEnv(name).rewards({"qpos": np.zeros((4, 23), np.float32)})
 
 
 def test_without_ogbench(write_npz, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_has_ogbench", False)
+    monkeypatch.setattr(labels, "_has_ogbench", False)
     with pytest.raises(ImportError, match="pip install ogbench"):
         OGBenchExperienceReplay(CUBE, root=tmp_path / "root", source=write_npz())
 
@@ -132,10 +130,10 @@ def test_relabelling_is_deterministic_and_leaves_the_random_state(dataset_id):
     state = {"qpos": make_arrays(name.dataset, (200,), seed=0)["qpos"]}
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
-    first = tasks.relabel(name, state)
+    first = labels.LabelledEnv(name).rewards(state)
     assert np.random.get_state()[1].tolist() == before
     np.random.seed(1)
-    second = tasks.relabel(name, state)
+    second = labels.LabelledEnv(name).rewards(state)
     assert first[0].tolist() == second[0].tolist() and first[1].tolist() == second[1].tolist()
     assert list(state) == ["qpos"]
 

@@ -1,0 +1,378 @@
+"""Offline datasets as memory-mapped, immutable TorchRL replay buffers of action chunks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torchrl.data import Bounded, Composite, ImmutableDatasetWriter, Unbounded
+from torchrl.data.datasets.common import BaseDatasetExperienceReplay
+from torchrl.data.datasets.utils import _get_root_dir
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.writers import Writer
+from torchrl.envs.transforms import ObservationNorm, Transform
+
+from torchrl_mac.data.columns import is_complete, load_metadata
+from torchrl_mac.data.conversion import convert_rows, load_episode_ends
+from torchrl_mac.data.goals import GoalDistribution
+from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.sources import Source, validation_file
+from torchrl_mac.data.statistics import ObservationStatistics
+from torchrl_mac.data.storage import ActionChunkStorage
+from torchrl_mac.data.trajectories import TrajectorySource
+
+__all__ = ["ActionChunkExperienceReplay"]
+
+
+class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
+    r"""A dataset of one's own, sampled in action chunks.
+
+    Files (see :class:`~torchrl_mac.data.trajectories.TrajectorySource`: D4RL's HDF5 or npz,
+    Minari's HDF5) are converted once into a memory map,
+    ``{root}/{dataset_id}/{train,val}/{rows,metadata.json}``, and not needed again. Several files
+    make one dataset. A conversion that is interrupted goes on at the file where it was.
+    There is one row per state and no copy of next observations:
+
+    =========================  ============  ==================================================
+    key                        row shape     value
+    =========================  ============  ==================================================
+    ``"observation"``          ``[O]``       :math:`s_t`, float32, not normalised
+    ``"action"``               ``[A]``       :math:`a_t`, float32, within :math:`\pm (1-10^{-5})`
+    ``"episode"``              ``[]``        the episode's number, int32
+    ``("next", "reward")``     ``[1]``       :math:`r_t`, float32
+    ``("next", "terminated")`` ``[1]``       whether the task ends with :math:`a_t`
+    ``("next", "truncated")``  ``[1]``       last row of the episode and not terminated
+    ``("next", "done")``       ``[1]``       terminated or truncated
+    =========================  ============  ==================================================
+
+    Samples are the transitions of :class:`~torchrl_mac.data.ActionChunkStorage` and, with
+    ``chunk_size=1``, TorchRL's usual ones. ``buffer[i]`` and ``buffer[:]`` are rows.
+
+    Batches depend on the sampler's seed and on how many were taken before, with and without
+    ``prefetch``; ``state_dict`` holds both.
+
+    Args:
+        dataset_id (str): a name for the dataset: letters, digits, ``.``, ``_`` and ``-``.
+        batch_size (int, optional): the number of chunks in a sample.
+
+    Keyword Args:
+        root (Path or str, optional): where conversions are kept. Defaults to
+            ``~/.cache/torchrl/ogbench``.
+        source (Path, str or a sequence of them, optional): the files, or folders of them. A file
+            ``{stem}-val{suffix}`` beside ``{stem}{suffix}`` belongs to the validation split.
+            Needed for the first conversion.
+        split (str, optional): ``"train"`` or ``"val"``. Defaults to ``"train"``.
+        chunk_size (int, optional): the number of actions in a chunk. Defaults to 1.
+        gamma (float, optional): discount per environment step in the sum of a chunk's rewards.
+            Defaults to 1.
+        ignore_terminated (bool, optional): if ``True``, samples are never terminated.
+            Defaults to ``False``.
+        goals (dict of NestedKey to GoalDistribution, optional): goals to sample, see
+            :class:`~torchrl_mac.data.ActionChunkSampler`; rewards and ends then speak of
+            ``"value_goal"``.
+        negative_reward (bool, optional): whether rewards for goals are -1 and 0, or else 0 and 1.
+            Defaults to ``True``.
+        device (torch.device or str, optional): ``"cpu"`` (default) samples from the memory map;
+            any other device holds the whole dataset in its memory and samples there.
+        workers (int, optional): files converted at a time. Default: the number of CPU cores.
+        sampler (Sampler, optional): defaults to an
+            :class:`~torchrl_mac.data.ActionChunkSampler` of ``chunk_size`` and ``goals``.
+        writer (Writer, optional): defaults to :class:`~torchrl.data.ImmutableDatasetWriter`.
+        collate_fn (callable, optional): see :class:`~torchrl.data.ReplayBuffer`, like the
+            following.
+        pin_memory (bool, optional): pins the memory of samples. Defaults to ``False``.
+        prefetch (int, optional): the number of batches to prepare ahead, in one thread.
+        transform (Transform, optional): applied to samples, see also :meth:`observation_norm`.
+        generator (torch.Generator, optional): what the sampler's seed is drawn from.
+
+    Raises:
+        ValueError: if the name, or the content of a file, is not valid.
+        FileNotFoundError: if something must be converted and there is no source.
+        OSError: if ``root`` cannot be written or the disk is too small.
+
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> from torchrl_mac.data import ActionChunkExperienceReplay
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> np.savez(  # two episodes of 20 steps, as in D4RL
+        ...     f"{folder.name}/robot.npz",
+        ...     observations=np.random.rand(40, 3).astype(np.float32),
+        ...     actions=np.zeros((40, 2), np.float32),
+        ...     rewards=np.ones(40, np.float32),
+        ...     terminals=np.zeros(40, bool),
+        ...     timeouts=np.arange(40) % 20 == 19,
+        ... )
+        >>> buffer = ActionChunkExperienceReplay(
+        ...     "robot", 32, root=folder.name, source=f"{folder.name}/robot.npz", chunk_size=10
+        ... )
+        >>> chunk = buffer.sample()
+        >>> chunk["action"].shape, chunk["next", "reward"][0]
+        (torch.Size([32, 10, 2]), tensor([10.]))
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        dataset_id: str,
+        batch_size: int | None = None,
+        *,
+        root: str | Path | None = None,
+        source: str | Path | Sequence[str | Path] | None = None,
+        split: Literal["train", "val"] = "train",
+        chunk_size: int = 1,
+        gamma: float = 1.0,
+        ignore_terminated: bool = False,
+        goals: Mapping[NestedKey, GoalDistribution] | None = None,
+        negative_reward: bool = True,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+        sampler: Sampler | None = None,
+        writer: Writer | None = None,
+        collate_fn: Callable | None = None,
+        pin_memory: bool = False,
+        prefetch: int | None = None,
+        transform: Transform | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', got {split!r}.")
+        self.dataset_id = dataset_id
+        self.split = split
+        self.root = _get_root_dir("ogbench") if root is None else Path(root).expanduser()
+        self._workers = workers or os.cpu_count() or 1
+        folder = self.data_path_root
+        if folder.is_symlink() or folder.resolve().parent != self.root.resolve():
+            raise ValueError(f"{folder} leads out of {self.root}; remove the link, or rename.")
+
+        if source is not None or not self._is_converted():
+            for part in dict.fromkeys((split, "val")):  # normalisation is based on "val"
+                self._convert(part, _paths(source) or self._default_source)
+        self.metadata = load_metadata(self.data_path)
+        storage = _DatasetStorage(
+            self._load().to(device) if torch.device(device).type != "cpu" else self._load(),
+            gamma=gamma,
+            ignore_terminated=ignore_terminated,
+            observation_keys=self._observation_keys,
+            goal_key=self._goal_key,
+            negative_reward=negative_reward,
+            episode_ends=load_episode_ends(self.data_path),
+            device=device,
+        )
+        super().__init__(
+            batch_size=batch_size,
+            storage=storage,
+            sampler=ActionChunkSampler(chunk_size, goals=goals) if sampler is None else sampler,
+            writer=ImmutableDatasetWriter() if writer is None else writer,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            prefetch=prefetch,
+            transform=transform,
+            generator=generator,
+        )
+        if prefetch:  # several threads would take the sampler's turns in any order
+            self._prefetch_executor: ThreadPoolExecutor = ThreadPoolExecutor(max_workers=1)
+
+    # What a dataset is made of: subclasses know other files and more columns.
+
+    _observation_keys: Sequence[NestedKey] = ("observation",)
+    _goal_key: NestedKey = "observation"
+    _labels: Sequence[str] = ()
+    _default_source: Sequence[Path] = ()
+    _remedy = "Pass source= the file, or a folder of files."
+
+    def _dataset_name(self) -> str:
+        """The name of the dataset's folder."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.dataset_id):
+            raise ValueError(
+                f"{self.dataset_id!r} cannot name a dataset: use letters, digits, '.', '_', '-'."
+            )
+        return self.dataset_id
+
+    def _find(self, source: Sequence[Path]) -> list[Path]:
+        """The training files in a source."""
+        files = [path for part in source for path in TrajectorySource.find(part)]
+        return [path for path in files if not path.stem.endswith("-val")]
+
+    def _open(self, path: Path) -> Source:
+        return TrajectorySource(path)
+
+    def _describe(self) -> dict[str, Any]:
+        """What the manifest says of the dataset's name."""
+        return {}
+
+    def _convert_label(self, label: str, sources: list[Source], folder: Path) -> None:
+        raise NotImplementedError
+
+    def _label_folder(self, split: str, label: str) -> Path:
+        return self.data_path_root / split / "columns" / label
+
+    @property
+    def data_path(self) -> Path:
+        """The folder of the converted split."""
+        return self.data_path_root / self.split
+
+    @property
+    def data_path_root(self) -> Path:
+        """The folder of the converted dataset, with all its splits and columns."""
+        return self.root / self._dataset_name()
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 digest of all files that the split was converted from."""
+        return self.metadata["digest"]
+
+    def _is_converted(self) -> bool:
+        folders = [self.data_path, *(self._label_folder(self.split, key) for key in self._labels)]
+        return all(map(is_complete, folders))
+
+    def _convert(self, split: str, source: Sequence[Path]) -> None:
+        """Converts what is missing of a split; only :attr:`split` must have a source then."""
+        train = self._find(source)
+        paths = [validation_file(path) for path in train] if split == "val" else train
+        missing = [path for path in paths if not path.is_file()]
+        if split == "val" and self.split == "train":
+            paths, missing = [path for path in paths if path.is_file()], []
+            if not paths:
+                return
+        if missing or not paths:
+            if self._is_converted():
+                return
+            where = f"{missing[0]} does not exist" if missing else "there is no file of it"
+            raise FileNotFoundError(
+                f"{self.dataset_id!r} ({split}) is not yet converted in {self.root} and {where}. "
+                f"{self._remedy}"
+            )
+        sources, folder = [self._open(path) for path in paths], self.data_path_root / split
+        if is_complete(folder):
+            found = [shard["identity"] for shard in load_metadata(folder)["shards"]]
+            if found != [source.identity for source in sources]:
+                raise ValueError(
+                    f"{_listed(paths)} not what {folder} was converted from; delete that folder, "
+                    "or pass another root=."
+                )
+        else:
+            metadata = {"dataset": self._dataset_name(), **self._describe(), "split": split}
+            convert_rows(sources, folder, metadata, workers=self._workers)
+        for label in self._labels:
+            if split == self.split or label == self._goal_key:  # goals are normalised by "val"
+                self._convert_label(label, sources, folder)
+
+    def _load(self) -> TensorDict:
+        rows = TensorDict.load_memmap(self.data_path / "rows")
+        columns = dict(rows.items())
+        for label in self._labels:
+            folder = self._label_folder(self.split, label)
+            columns.update(TensorDict.load_memmap(folder / "rows").items())
+        return TensorDict(columns, batch_size=rows.batch_size).lock_()
+
+    @functools.cached_property
+    def statistics(self) -> ObservationStatistics:
+        """Statistics of the observations: the validation split's or, without one, the split's."""
+        return self._statistics(lambda split: self.data_path_root / split)
+
+    @functools.cached_property
+    def goal_statistics(self) -> ObservationStatistics:
+        """Statistics of the goals, from the same split as :attr:`statistics`."""
+        if self._goal_key not in self._labels:
+            return self.statistics
+        return self._statistics(lambda split: self._label_folder(split, str(self._goal_key)))
+
+    def _statistics(self, folder_of: Callable[[str], Path]) -> ObservationStatistics:
+        folder = folder_of("val")
+        if not is_complete(folder):
+            folder = folder_of(self.split)
+        return ObservationStatistics.from_dict(load_metadata(folder)["statistics"])
+
+    def observation_norm(
+        self,
+        kind: Literal["min_max", "mean_std"] = "min_max",
+        in_keys: Sequence[NestedKey] = ("observation", ("next", "observation")),
+    ) -> ObservationNorm:
+        """A transform that normalises observations with :attr:`statistics`.
+
+        Args:
+            kind (str, optional): see :meth:`ObservationStatistics.loc_scale`. Defaults to
+                ``"min_max"``, MAC's normalisation.
+            in_keys (sequence of NestedKey, optional): what to normalise. Defaults to the
+                observations of a sample; for an environment pass ``["observation"]``.
+        """
+        loc, scale = self.statistics.loc_scale(kind)
+        return ObservationNorm(loc, scale, in_keys=list(in_keys), standard_normal=True)
+
+    def goal_norm(
+        self,
+        kind: Literal["min_max", "mean_std"] = "min_max",
+        in_keys: Sequence[NestedKey] | None = None,
+    ) -> ObservationNorm:
+        """A transform that normalises goals with :attr:`goal_statistics`.
+
+        Args:
+            kind (str, optional): see :meth:`observation_norm`.
+            in_keys (sequence of NestedKey, optional): what to normalise. Defaults to the goals
+                that are sampled; for an environment pass ``["goal"]``.
+        """
+        if in_keys is None:
+            in_keys = list(getattr(self.sampler, "goals", {}))
+        loc, scale = self.goal_statistics.loc_scale(kind)
+        return ObservationNorm(loc, scale, in_keys=list(in_keys), standard_normal=True)
+
+    @property
+    def observation_spec(self) -> Composite:
+        """The environment's observations."""
+        return Composite(observation=Unbounded((self.metadata["observation_dim"],)))
+
+    @property
+    def action_spec(self) -> Bounded:
+        """The environment's actions (a chunk holds several)."""
+        return Bounded(-1.0, 1.0, (self.metadata["action_dim"],))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, without prefetched batches: they are drawn again."""
+        state = super().state_dict()
+        ahead = len((state.pop("_prefetch_state") or {}).get("queue", ()))
+        if "step" in state["_sampler"]:
+            state["_sampler"]["step"] -= ahead
+        return {**state, "_prefetch_state": None}
+
+
+class _DatasetStorage(ActionChunkStorage):
+    """Rows that are on disk for good: not to be written, nor to be copied into checkpoints."""
+
+    def set(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(ImmutableDatasetWriter.WRITING_ERR)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["rows"] != len(self):
+            raise ValueError(
+                f"The checkpoint is of a dataset of {state_dict['rows']} rows, this one has "
+                f"{len(self)}."
+            )
+
+    def dumps(self, path: str | Path) -> None:
+        pass
+
+    def loads(self, path: str | Path) -> None:
+        pass
+
+
+def _paths(source: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    if source is None:
+        return []
+    if isinstance(source, str | Path):
+        source = [source]
+    return [Path(part).expanduser() for part in source]
+
+
+def _listed(paths: list[Path]) -> str:
+    first = f"{paths[0]} is" if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more are"
+    return first

@@ -1,0 +1,214 @@
+"""Datasets in the layouts of D4RL and Minari: rewards and terminations of their own."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchrl_mac.data.files import sha256
+from torchrl_mac.data.sources import BLOCK_ROWS, NpzFile, Source
+
+__all__ = ["TrajectorySource"]
+
+_has_h5py = importlib.util.find_spec("h5py") is not None
+_SUFFIXES = (".npz", ".hdf5", ".h5")
+_MINARI = Path("data/main_data.hdf5")  # in the folder of a Minari dataset
+
+Columns = dict[str, np.ndarray]
+
+
+class TrajectorySource(Source):
+    """A file of trajectories, read as a whole.
+
+    - D4RL's layout, HDF5 or npz: ``observations`` ``[N, O]``, ``actions`` ``[N, A]``, ``rewards``
+      ``[N]``, ``terminals`` ``[N]`` and, where episodes are cut off, ``timeouts`` ``[N]``;
+      ``next_observations`` ``[N, O]`` if there are any. Rewards may be left out.
+    - Minari's layout, HDF5: groups ``episode_0``, ``episode_1``, ... with one more of
+      ``observations`` than of ``actions``, ``rewards``, ``terminations`` and ``truncations``. Of
+      dictionary observations, the entry ``observation`` is taken.
+
+    The state after an episode's last action becomes a row, too, with action 0. Where D4RL does
+    not tell that state it is left out, and the last action with it; but for an episode that
+    terminates, the state before stands in for it: its value is never asked for.
+
+    Args:
+        path (Path): the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if an HDF5 file is to be read and h5py is not installed.
+        ValueError: if its content is not of these layouts.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name) / "robot.npz"
+        >>> np.savez(
+        ...     path,
+        ...     observations=np.zeros((5, 3)),
+        ...     actions=np.zeros((5, 2)),
+        ...     rewards=np.ones(5),
+        ...     terminals=np.array([0, 0, 1, 0, 0], bool),
+        ...     timeouts=np.array([0, 0, 0, 0, 1], bool),
+        ... )
+        >>> source = TrajectorySource(path)
+        >>> source.rows, source.ends
+        (6, array([3, 5]))
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist. Pass source= the dataset's file.")
+
+    @staticmethod
+    def find(source: Path) -> list[Path]:
+        """The files in a folder, sorted by name, or the file itself."""
+        if source.suffix in _SUFFIXES:
+            return [source]
+        if (source / _MINARI).is_file():
+            return [source / _MINARI]
+        return sorted(path for path in source.glob("*") if path.suffix in _SUFFIXES)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:  # type: ignore[override]
+        """The file's checksum."""
+        return {"sha256": sha256(self.path)}
+
+    @functools.cached_property
+    def _columns(self) -> Columns:
+        columns = self._read()
+        for key, column in columns.items():
+            if column.dtype.kind == "f" and not np.isfinite(column.sum(dtype=np.float64)):
+                bad = ~np.isfinite(column).all(axis=1)
+                raise ValueError(
+                    f"{self.path}: {key!r} has NaN or infinite values in {bad.sum()} rows."
+                )
+        return columns
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:  # type: ignore[override]
+        """The number of the last row of each episode, int64."""
+        return np.flatnonzero(self._columns["end"])
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        """The number of states."""
+        return len(self._columns["end"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
+        """The row shape of each column."""
+        return {key: column.shape[1:] for key, column in self._columns.items() if key != "end"}
+
+    def blocks(self, column: str) -> Iterator[np.ndarray]:
+        """The rows of a column in blocks."""
+        for start in range(0, self.rows, BLOCK_ROWS):
+            yield self._columns[column][start : start + BLOCK_ROWS]
+
+    def _read(self) -> Columns:
+        if self.path.suffix == ".npz":
+            file = NpzFile(self.path)
+            kinds = {"terminals": "biuf", "timeouts": "biuf"}
+            return self._flat(
+                lambda key: file.read(key, kinds.get(key, "f"), 2 if key in _WIDE else 1),
+                file.checksums,
+            )
+        if not _has_h5py:
+            raise ImportError(f"{self.path} is an HDF5 file: pip install h5py to read it.")
+        import h5py
+
+        try:
+            with h5py.File(self.path) as file:
+                if any(key.startswith("episode_") for key in file):
+                    return self._minari(file)
+                return self._flat(lambda key: file[key][()], file)
+        except OSError as err:
+            raise ValueError(
+                f"{self.path} cannot be read as HDF5 ({err}); download it again."
+            ) from err
+
+    def _flat(self, read: Callable[[str], np.ndarray], keys: Any) -> Columns:
+        """D4RL's layout: one array per key."""
+        self._demand("observations" in keys and "actions" in keys, keys)
+        self._demand("terminals" in keys or "timeouts" in keys, keys)
+        wanted = [*_WIDE, "rewards", "terminals", "timeouts"]
+        arrays = {key: read(key) for key in wanted if key in keys}
+        lengths = {key: len(array) for key, array in arrays.items()}
+        rows = lengths["observations"]
+        if len(set(lengths.values())) > 1 or rows == 0:
+            raise ValueError(f"{self.path} has arrays of {lengths} rows; they must be equal.")
+        terminal = arrays.get("terminals", np.zeros(rows)).astype(bool)
+        boundary = terminal | arrays.get("timeouts", np.zeros(rows)).astype(bool)
+        boundary[-1] = True
+        ends = np.flatnonzero(boundary)
+        after = arrays.get("next_observations")
+        finals = ends if after is not None else np.flatnonzero(terminal)
+        states = arrays["observations"] if after is None else after
+
+        def extended(array: np.ndarray, extra: Any) -> np.ndarray:
+            return np.insert(array, finals + 1, extra, axis=0)
+
+        is_end = boundary.copy()
+        is_end[finals] = False  # the row that is inserted after it is the last
+        columns = {
+            "observation": extended(arrays["observations"], states[finals]).astype(np.float32),
+            "action": extended(arrays["actions"], 0).astype(np.float32),
+            "terminated": np.expand_dims(extended(terminal, terminal[finals]), -1),
+            "end": extended(is_end, True),
+        }
+        if "rewards" in arrays:
+            rewards = extended(arrays["rewards"].reshape(rows), 0).astype(np.float32)
+            columns["reward"] = np.expand_dims(rewards, -1)
+        return columns
+
+    def _minari(self, file: Any) -> Columns:
+        """Minari's layout: one group per episode."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for name in sorted(
+            (key for key in file if key.startswith("episode_")),
+            key=lambda name: int(name.partition("_")[2]),
+        ):
+            group = file[name]
+            self._demand("observations" in group and "actions" in group, group)
+            observations, actions = group["observations"], group["actions"][()]
+            if not hasattr(observations, "shape"):  # a dictionary
+                self._demand("observation" in observations, observations)
+                observations = observations["observation"]
+            steps = len(actions)
+            if len(observations) != steps + 1:
+                raise ValueError(
+                    f"{self.path}: {name} has {len(observations)} observations for {steps} "
+                    "actions; Minari has one more."
+                )
+            terminal = np.zeros((steps + 1, 1), dtype=bool)
+            if steps and "terminations" in group:
+                terminal[-2:] = bool(group["terminations"][-1])
+            episode: Columns = {
+                "observation": observations[()].astype(np.float32),
+                "action": np.pad(actions, ((0, 1), (0, 0))).astype(np.float32),
+                "terminated": terminal,
+                "end": np.arange(steps + 1) == steps,
+            }
+            if "rewards" in group:
+                rewards = np.pad(group["rewards"][()], (0, 1)).astype(np.float32)
+                episode["reward"] = np.expand_dims(rewards, -1)
+            for key, array in episode.items():
+                parts.setdefault(key, []).append(array)
+        return {key: np.concatenate(arrays) for key, arrays in parts.items()}
+
+    def _demand(self, condition: bool, keys: Any) -> None:
+        if not condition:
+            raise ValueError(
+                f"{self.path} has {sorted(keys)}; needed are 'observations', 'actions' and "
+                "'terminals' or 'timeouts' (D4RL), or Minari's 'episode_0', ... with these."
+            )
+
+
+_WIDE = ("observations", "actions", "next_observations")
