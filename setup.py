@@ -7,6 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 extras = {
+    "hdf5": ["h5py>=3.8"],
     "train": ["hydra-core>=1.3,<1.4", "matplotlib>=3.8", "wandb>=0.18"],
     "video": ["av>=12"],
     "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"],

@@ -121,7 +121,7 @@ class OGBenchExperienceReplay(ActionChunkExperienceReplay):
         self._labels = [*([label] if label else []), *columns]
         self._observation_keys = ["observation", *columns]
         if self.name.mode == "oraclerep":
-            self._goal_key = "oracle_rep"
+            self._goal_source = "oracle_rep"
             kwargs.setdefault("goals", _MAC_GOALS)
         self._default_source = [_SOURCE_FOLDER.expanduser()]
         super().__init__(dataset_id, batch_size, source=source, **kwargs)

@@ -160,7 +160,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             gamma=gamma,
             ignore_terminated=ignore_terminated,
             observation_keys=self._observation_keys,
-            goal_key=self._goal_key,
+            goal_keys=list(getattr(sampler, "goals", ()) if sampler is not None else goals or ()),
+            goal_source=self._goal_source,
             negative_reward=negative_reward,
             episode_ends=load_episode_ends(self.data_path),
             device=device,
@@ -182,7 +183,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     # What a dataset is made of: subclasses know other files and more columns.
 
     _observation_keys: Sequence[NestedKey] = ("observation",)
-    _goal_key: NestedKey = "observation"
+    _goal_source: NestedKey = "observation"
     _labels: Sequence[str] = ()
     _default_source: Sequence[Path] = ()
     _remedy = "Pass source= the file, or a folder of files."
@@ -261,7 +262,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             metadata = {"dataset": self._dataset_name(), **self._describe(), "split": split}
             convert_rows(sources, folder, metadata, workers=self._workers)
         for label in self._labels:
-            if split == self.split or label == self._goal_key:  # goals are normalised by "val"
+            if split == self.split or label == self._goal_source:  # goals are normalised by "val"
                 self._convert_label(label, sources, folder)
 
     def _load(self) -> TensorDict:
@@ -280,9 +281,9 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     @functools.cached_property
     def goal_statistics(self) -> ObservationStatistics:
         """Statistics of the goals, from the same split as :attr:`statistics`."""
-        if self._goal_key not in self._labels:
+        if self._goal_source not in self._labels:
             return self.statistics
-        return self._statistics(lambda split: self._label_folder(split, str(self._goal_key)))
+        return self._statistics(lambda split: self._label_folder(split, str(self._goal_source)))
 
     def _statistics(self, folder_of: Callable[[str], Path]) -> ObservationStatistics:
         folder = folder_of("val")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -29,9 +28,9 @@ class ActionChunkSampler(Sampler):
     A start ``t`` is valid if the state ``h`` rows later belongs to the same episode: an episode
     of ``T`` stored states has ``T - h`` of them. The sampler returns the row numbers
     ``[B, h + 1]`` of the windows ``t, ..., t + h`` and
-    :class:`~torchrl_mac.data.ActionChunkStorage` makes transitions of them. With ``goals`` it
-    returns a TensorDict of the windows and, for each goal, the row number of a state. Drawing
-    takes O(B log E) time and O(E) memory for E episodes, whatever the number of rows.
+    :class:`~torchrl_mac.data.ActionChunkStorage` makes transitions of them. With ``goals`` there
+    is one more column for each of them, the row number of a state. Drawing takes O(B log E) time
+    and O(E) memory for E episodes, whatever the number of rows.
 
     What is drawn is a function of the seed and of the number of batches drawn before, both of
     which are in the sampler's state: a restored sampler goes on exactly where the saved one was.
@@ -41,13 +40,13 @@ class ActionChunkSampler(Sampler):
 
     Keyword Args:
         goals (dict of NestedKey to GoalDistribution, optional): the goals to draw, by the entries
-            that they become in a batch, such as ``"value_goal"``.
+            that they become in a batch, such as ``"value_goal"``; the storage's ``goal_keys``.
         seed (int, optional): the seed. Default: drawn from the ``generator`` of the replay
             buffer, else from PyTorch's default one, with the first batch.
 
     Raises:
         ValueError: if ``chunk_size`` is smaller than 1 or, when sampling, if no episode is
-            longer than it.
+            longer than it or the storage makes other goals.
         TypeError: when sampling from a storage that has no ``episode_ends``.
 
     Examples:
@@ -79,9 +78,7 @@ class ActionChunkSampler(Sampler):
         self._cache: dict[int, tuple[Any, ...]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def sample(
-        self, storage: ActionChunkStorage, batch_size: int
-    ) -> tuple[Tensor | TensorDict, dict]:
+    def sample(self, storage: ActionChunkStorage, batch_size: int) -> tuple[Tensor, dict]:
         """Draws windows of rows, and goals.
 
         Args:
@@ -89,8 +86,7 @@ class ActionChunkSampler(Sampler):
             batch_size (int): the number of windows ``B``.
 
         Returns:
-            the row numbers, ``[B, chunk_size + 1]`` int64 (with goals a TensorDict with these as
-            ``"window"``, and the goals), and an empty dictionary.
+            the row numbers, ``[B, chunk_size + 1 + len(goals)]`` int64, and an empty dictionary.
         """
         if self.seed is None:
             self.seed = int(torch.randint(2**62, (), generator=self._rng))
@@ -100,12 +96,17 @@ class ActionChunkSampler(Sampler):
 
     def draw(
         self, storage: ActionChunkStorage, batch_size: int, generator: torch.Generator
-    ) -> Tensor | TensorDict:
+    ) -> Tensor:
         """Draws as :meth:`sample` does, from a generator on the storage's device.
 
         Works on the device alone, so that it can be captured in a CUDA graph once it was called.
         """
         total, cumulative, offset, last = self._starts(storage, self.chunk_size)
+        if list(self.goals) != storage.goal_keys:
+            raise ValueError(
+                f"The sampler draws the goals {list(self.goals)}, the storage makes "
+                f"{storage.goal_keys}; give both the same, in the same order."
+            )
         if total == 0:
             raise ValueError(
                 f"No episode is longer than chunk_size={self.chunk_size} ({len(cumulative)} "
@@ -118,7 +119,6 @@ class ActionChunkSampler(Sampler):
         window = start.unsqueeze(-1) + torch.arange(self.chunk_size + 1, device=device)
         if not self.goals:
             return window
-        index = TensorDict(window=window, batch_size=[batch_size])
         last = last[episode]
         any_total, any_cumulative, any_offset, _ = self._starts(storage, 1)
         shape = (len(self.goals), batch_size)
@@ -130,9 +130,11 @@ class ActionChunkSampler(Sampler):
             device=device,
             dtype=torch.float64,
         )
-        for i, (key, goal) in enumerate(self.goals.items()):
-            index.set(key, goal.choose(start, last, anywhere[i], uniform[i]))
-        return index
+        goals = [
+            goal.choose(start, last, anywhere[i], uniform[i])
+            for i, goal in enumerate(self.goals.values())
+        ]
+        return torch.cat([window, torch.stack(goals, 1)], 1)
 
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""

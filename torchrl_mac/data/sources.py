@@ -6,6 +6,7 @@ import abc
 import contextlib
 import functools
 import json
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ __all__ = ["BLOCK_ROWS", "NpzFile", "OGBenchSource", "Source", "find_shards", "v
 BLOCK_ROWS = 1 << 15
 """Rows that are held in memory at a time."""
 
+_PARSING = threading.Lock()  # Python's parser, which reads headers, may fail in parallel (3.11)
 _KINDS = {"f": "floats", "b": "booleans", "i": "integers", "u": "unsigned integers"}
 
 
@@ -120,7 +122,9 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as file:
                 if not in_order or size * shape[0] == 0:  # Fortran's order: NumPy untangles it
-                    yield np.lib.format.read_array(file, allow_pickle=False)
+                    with _PARSING:
+                        array = np.lib.format.read_array(file, allow_pickle=False)
+                    yield array
                     return
                 _read_header(file)
                 for start in range(0, shape[0], BLOCK_ROWS):
@@ -159,9 +163,10 @@ class NpzFile:
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    with _PARSING:
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
 
 
 class OGBenchSource(NpzFile, Source):

@@ -37,11 +37,11 @@ class ActionChunkStorage(TensorStorage):
     ``("next", "done")``        ``[B, 1]``    terminated or truncated
     ==========================  ============  ================================================
 
-    With goals, the index is a TensorDict with that ``"window"`` and, for each goal, the row
-    number of a state, ``[B]``. Each becomes an entry of the batch, read from ``goal_key``, and
-    those under ``reward_goal`` decide the rewards and ends, which are then of the chunk, not of
-    its steps: the chunk terminates with reward 0 if one of the rows t to t+h-1 *is* the goal's,
-    and has reward -1 otherwise (1 and 0 with ``negative_reward=False``).
+    With ``goal_keys`` the index has one more column for each: the row number of a state, which
+    becomes the entry of that key, read from ``goal_source``. The goal under ``reward_goal``
+    decides the rewards and ends, which are then of the chunk, not of its steps: the chunk
+    terminates with reward 0 if one of the rows t to t+h-1 *is* the goal's, and has reward -1
+    otherwise (1 and 0 with ``negative_reward=False``).
 
     Args:
         rows (TensorDictBase): the rows, of batch size ``[N]``.
@@ -57,7 +57,9 @@ class ActionChunkStorage(TensorStorage):
             Rows without it give chunks without it. Defaults to ``"reward"``.
         traj_key (NestedKey, optional): a number that is constant within an episode and differs
             between neighbouring ones, shape ``[N]`` or ``[N, 1]``. Defaults to ``"episode"``.
-        goal_key (NestedKey, optional): the entry that goals are read from. Defaults to
+        goal_keys (sequence of NestedKey, optional): the goals, as the sampler draws them. Defaults
+            to none.
+        goal_source (NestedKey, optional): the entry that goals are read from. Defaults to
             ``"observation"``.
         reward_goal (NestedKey, optional): the goal that rewards speak of. Defaults to
             ``"value_goal"``.
@@ -107,7 +109,8 @@ class ActionChunkStorage(TensorStorage):
         action_key: NestedKey = "action",
         reward_key: NestedKey = "reward",
         traj_key: NestedKey = "episode",
-        goal_key: NestedKey = "observation",
+        goal_keys: Sequence[NestedKey] = (),
+        goal_source: NestedKey = "observation",
         reward_goal: NestedKey = "value_goal",
         negative_reward: bool = True,
         episode_ends: Tensor | None = None,
@@ -120,7 +123,8 @@ class ActionChunkStorage(TensorStorage):
         self.action_key = unravel_key(action_key)
         self.reward_key = unravel_key(reward_key)
         self.traj_key = unravel_key(traj_key)
-        self.goal_key = unravel_key(goal_key)
+        self.goal_keys = [unravel_key(key) for key in goal_keys]
+        self.goal_source = unravel_key(goal_source)
         self.reward_goal = unravel_key(reward_goal)
         self.negative_reward = negative_reward
         self._ends: tuple[tuple[int, int], Tensor] | None = None
@@ -128,12 +132,9 @@ class ActionChunkStorage(TensorStorage):
             self._ends = self.version, episode_ends.to(self.device)
 
     def get(self, index: Any) -> Any:
-        """Rows, or chunks of them if ``index`` has two dimensions or is a TensorDict."""
-        if isinstance(index, TensorDictBase):
-            return self._get_chunks(index.to(self.device))
+        """Rows, or chunks of them if ``index`` has two dimensions."""
         if getattr(index, "ndim", 0) == 2:
-            window = torch.as_tensor(index, device=self.device)
-            return self._get_chunks(TensorDict(window=window, batch_size=window.shape[:1]))
+            return self._get_chunks(torch.as_tensor(index, device=self.device))
         return super().get(index)
 
     @property
@@ -165,11 +166,15 @@ class ActionChunkStorage(TensorStorage):
     def _has(self, key: NestedKey) -> bool:
         return self._storage.get(key, None) is not None
 
-    def _get_chunks(self, index: TensorDictBase) -> TensorDict:
-        window = index.get("window")
-        chunk_size = window.shape[1] - 1
+    def _get_chunks(self, index: Tensor) -> TensorDict:
+        chunk_size = index.shape[1] - 1 - len(self.goal_keys)
         if chunk_size < 1:
-            raise ValueError("A window of one row holds no action: index [B, h + 1] with h >= 1.")
+            raise ValueError(
+                "A window of one row holds no action: index [B, h + 1] with h >= 1, and one column "
+                f"for each of the goals {self.goal_keys}."
+            )
+        window = index[:, : chunk_size + 1]
+        goals = dict(zip(self.goal_keys, index[:, chunk_size + 1 :].unbind(1), strict=True))
         start, end = window[:, 0].contiguous(), window[:, -1].contiguous()
         chunks = TensorDict(batch_size=start.shape, device=self._storage.device)
         following = TensorDict(batch_size=start.shape, device=self._storage.device)
@@ -179,11 +184,10 @@ class ActionChunkStorage(TensorStorage):
             following.set(key, column.index_select(0, end))
         action = _windows(self._column(self.action_key), start, chunk_size)
         chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
-        for key in index.keys(True, True):
-            if key != "window":
-                chunks.set(key, self._column(self.goal_key).index_select(0, index.get(key)))
+        for key, row in goals.items():
+            chunks.set(key, self._column(self.goal_source).index_select(0, row))
 
-        goal = index.get(self.reward_goal, None)
+        goal = goals.get(self.reward_goal)
         if goal is None:
             reward, terminated = self._labels(start, chunk_size)
         else:

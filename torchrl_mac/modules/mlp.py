@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 __all__ = ["NormedMLP"]
 
+_TanhGELU = partial(nn.GELU, approximate="tanh")
+
 
 class NormedMLP(nn.Module):
     """A multi-layer perceptron whose hidden layers are Linear, GELU, then LayerNorm.
@@ -50,7 +52,7 @@ class NormedMLP(nn.Module):
         out_features: int,
         num_cells: Sequence[int] = (1024, 1024, 1024, 1024),
         *,
-        activation_class: Callable[[], nn.Module] = partial(nn.GELU, approximate="tanh"),
+        activation_class: Callable[[], nn.Module] = _TanhGELU,
         layer_norm: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
