@@ -24,7 +24,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs import DeviceCastTransform, RewardScaling, TransformedEnv
+from torchrl.envs import DeviceCastTransform, RewardScaling
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger, WandbLogger
@@ -69,14 +69,9 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
     return buffer
 
 
-def make_env(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.device, **kwargs):
-    """The simulator, with the dataset's normalisation."""
-    env = OGBenchEnv(cfg.dataset, device=device, **kwargs)
-    return TransformedEnv(env, buffer.observation_norm(in_keys=["observation"]))
-
-
-def make_losses(cfg: DictConfig, obs_dim: int, action_dim: int, device: torch.device):
-    """The networks and what trains them; also the actor for the real environment."""
+def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.device):
+    """The networks and what trains them; also the actor for the simulator's raw observations."""
+    obs_dim, action_dim = buffer.metadata["observation_dim"], buffer.metadata["action_dim"]
     h, chunk_dim = cfg.chunk_size, cfg.chunk_size * action_dim
     activation = {"gelu": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}[cfg.activation]
 
@@ -103,9 +98,13 @@ def make_losses(cfg: DictConfig, obs_dim: int, action_dim: int, device: torch.de
     qvalue = ValueOperator(
         network(cfg.value_cells, obs_dim + chunk_dim, 1), in_keys=["observation", "action"]
     )
-    imagined, acting = (
-        FlowRejectionActor(policy, qvalue, num_candidates=candidates, chunk_size=h)
-        for candidates in (cfg.num_candidates, cfg.eval_num_candidates)
+    imagined = FlowRejectionActor(policy, qvalue, num_candidates=cfg.num_candidates, chunk_size=h)
+    acting = FlowRejectionActor(
+        policy,
+        qvalue,
+        num_candidates=cfg.eval_num_candidates,
+        chunk_size=h,
+        transform=buffer.observation_norm(in_keys=["observation"]).to(device),
     )
 
     values = ValueExpansionLoss(
@@ -130,10 +129,9 @@ def main(cfg: DictConfig) -> None:
     output = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
 
     buffer = make_buffer(cfg, device, "train")
-    obs_dim, action_dim = buffer.metadata["observation_dim"], buffer.metadata["action_dim"]
-    losses, actor = make_losses(cfg, obs_dim, action_dim, device)
+    losses, actor = make_losses(cfg, buffer, device)
     evaluator = Evaluator(
-        lambda: make_env(cfg, buffer, device),
+        lambda: OGBenchEnv(cfg.dataset, device=device),
         actor,
         num_episodes=cfg.eval_episodes,
         num_envs=cfg.eval_num_envs,
@@ -163,7 +161,7 @@ def main(cfg: DictConfig) -> None:
     )
     result = trainer.train()
 
-    trainer.save(output / "checkpoint.pt")
+    trainer.save(output / "checkpoint.pt", actor=actor)
     summary = {
         "success_rate": result.pop("success_rate"),
         "episodes": cfg.eval_episodes,
@@ -171,6 +169,7 @@ def main(cfg: DictConfig) -> None:
         "seed": cfg.seed,
         "task": cfg.dataset,
         "transitions": len(buffer),
+        "dataset_digest": buffer.digest,
         "replan_interval": cfg.replan_interval,
     }
     write_summary(output / "summary.json", summary)
@@ -178,7 +177,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.video_episodes:
         try:
             frames = evaluator.record(
-                lambda: make_env(cfg, buffer, device, from_pixels=True), cfg.video_episodes
+                lambda: OGBenchEnv(cfg.dataset, device=device, from_pixels=True), cfg.video_episodes
             )
             write_video(output / "evaluation.mp4", frames)
         except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.envs import ObservationNorm
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 
@@ -220,6 +221,19 @@ class TestFlowRejectionActor:
         td = module(TensorDict(o=TensorDict(x=torch.randn(5, OBS)), batch_size=[5]))
         assert td["a", "chunk"].shape == (5, H, A)
         assert td["q", "best"].shape == (5, 1)
+
+    def test_a_transform_normalises_a_copy(self):
+        plain, loc, scale = actor(), torch.randn(OBS), torch.rand(OBS) + 0.5
+        norm = ObservationNorm(loc, scale, in_keys=["observation"])
+        raw = TensorDict(observation=torch.randn(5, OBS), noise=torch.randn(5, 6, D))
+        expected = plain(raw.clone().set("observation", raw["observation"] * scale + loc))
+        module = FlowRejectionActor(
+            plain.policy, plain.qvalue_network, num_candidates=6, chunk_size=H, transform=norm
+        )
+        out = module(raw.clone())
+        assert torch.equal(out["observation"], raw["observation"])
+        torch.testing.assert_close(out["action"], expected["action"])
+        assert {"transform.loc", "transform.scale"} <= set(module.state_dict())
 
     def test_flat_actions_without_a_chunk_size(self):
         td = actor(chunk_size=None)(TensorDict(observation=torch.randn(5, OBS)))

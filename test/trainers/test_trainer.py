@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import ObservationNorm
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
@@ -107,6 +108,7 @@ class TestPhase:
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
             ({"eval_interval": -1}, "eval_interval must be at least 0"),
+            ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
             ({"lr": 0.0}, "lr must be positive"),
             ({"schedule": "step"}, "'constant' or 'cosine', got 'step'"),
             ({"losses": []}, "trains nothing"),
@@ -155,6 +157,17 @@ class TestOfflineTrainer:
         assert result["train_seconds"] > 0
         assert set(trainer.losses["behaviour"].out_keys) == {"loss_flow", "loss_distillation"}
 
+    def test_candidates_of_a_phase(self):
+        terms, seen = ["loss_value", "loss_qvalue"], []
+        phases = [Phase("few", terms, 1, 4, num_candidates=2), Phase("usual", terms, 2, 4)]
+        trainer = make_trainer(phases)
+        actor = trainer.losses["loss"].actor_network
+        candidates = actor.candidates
+        actor.candidates = lambda td: seen.append(actor.num_candidates) or candidates(td)
+        trainer.train()
+        assert seen == [2] * (len(seen) // 3) + [3] * (2 * len(seen) // 3)
+        assert len(seen) >= 3
+
     def test_logs_and_evaluations(self, tmp_path):
         calls = []
         csv = CSVLogger("logs", log_dir=str(tmp_path))
@@ -192,6 +205,26 @@ class TestOfflineTrainer:
         saved = parameters(trainer)
         for key, value in parameters(other).items():
             assert torch.equal(value, saved[key]), key
+
+    def test_a_checkpoint_holds_the_actor_and_its_normalisation(self, tmp_path):
+        def make():
+            trainer = make_trainer([Phase("p", ["loss_qvalue"], 2, 8)])
+            loss = trainer.losses["loss"]
+            norm = ObservationNorm(torch.zeros(OBS), torch.ones(OBS), in_keys=["observation"])
+            policy, qvalue = loss.actor_network.policy, loss.actor_network.qvalue_network
+            return trainer, FlowRejectionActor(policy, qvalue, num_candidates=4, transform=norm)
+
+        trainer, actor = make()
+        actor.transform.loc.copy_(torch.randn(OBS))
+        actor.transform.scale.copy_(torch.rand(OBS) + 0.5)
+        trainer.train()
+        trainer.save(tmp_path / "c.pt", actor=actor)
+        raw = TensorDict(observation=torch.randn(5, OBS), noise=torch.randn(5, 4, D))
+        expected = actor(raw.clone())["action"]
+        _, restored = make()
+        assert not torch.equal(restored(raw.clone())["action"], expected)
+        restored.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True)["actor"])
+        assert torch.equal(restored(raw.clone())["action"], expected)
 
     def test_a_failed_save_keeps_the_old_file(self, tmp_path, monkeypatch):
         trainer = make_trainer([Phase("p", ["loss_flow"], 1, 8)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
+from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 __all__ = ["FlowRejectionActor"]
@@ -37,6 +38,9 @@ class FlowRejectionActor(TensorDictModuleBase):
             there; ``policy`` must read it from the same key. Defaults to ``"noise"``.
         value_key (NestedKey, optional): where the chosen action's value ``[*, 1]`` is written.
             Defaults to ``"chosen_action_value"``.
+        transform (Transform, optional): applied to what ``policy`` and ``qvalue_network`` read,
+            and saved with them. With the dataset's ``observation_norm(["observation"])`` the actor
+            takes raw observations and leaves them as they are. Defaults to none.
 
     Everything else that ``policy`` and ``qvalue_network`` read, such as the observation or a
     goal, is repeated for each candidate.
@@ -69,12 +73,14 @@ class FlowRejectionActor(TensorDictModuleBase):
         action_key: NestedKey = "action",
         noise_key: NestedKey = "noise",
         value_key: NestedKey = "chosen_action_value",
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 (or None), got {chunk_size}.")
         self.policy = policy
         self.qvalue_network = qvalue_network
+        self.transform = transform
         self.num_candidates = num_candidates
         self.chunk_size = chunk_size
         self.action_key = unravel_key(action_key)
@@ -114,6 +120,8 @@ class FlowRejectionActor(TensorDictModuleBase):
         inputs = tensordict.select(*self.in_keys)
         # A tensordict made by dispatch has no batch size: the observation tells it.
         inputs.batch_size = inputs.get(self.in_keys[0]).shape[:-1]
+        if self.transform is not None:
+            inputs = self.transform(inputs)
         candidates = inputs.unsqueeze(-1).expand(*inputs.batch_size, self.num_candidates)
         noise = tensordict.get(self.noise_key, None)
         if noise is not None:

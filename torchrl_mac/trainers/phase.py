@@ -28,6 +28,8 @@ class Phase:
             phase's end. Defaults to ``"constant"``.
         warmup_updates (int, optional): the number of updates over which the learning rate rises
             linearly to ``lr``. Defaults to 0.
+        num_candidates (int, optional): how many candidates the losses' actors choose from in this
+            phase. Default: as many as they were made with.
         eval_interval (int, optional): the number of updates between two evaluations in this
             phase; 0 (default) for none.
 
@@ -48,10 +50,13 @@ class Phase:
     lr: float = 3e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_updates: int = 0
+    num_candidates: int | None = None
     eval_interval: int = 0
 
     def __post_init__(self) -> None:
         least_of = {"num_updates": 1, "batch_size": 1, "warmup_updates": 0, "eval_interval": 0}
+        if self.num_candidates is not None:
+            least_of["num_candidates"] = 1
         for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import nn
 from torchrl._utils import logger as torchrl_logger
 from torchrl._utils import timeit
 from torchrl.data import ReplayBuffer
@@ -17,6 +18,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
+from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.update import LossUpdate
 
@@ -103,6 +105,7 @@ class OfflineTrainer:
         self.log_interval = log_interval
         self.progress_bar = progress_bar
         self.updates = 0
+        self._num_candidates: dict[FlowRejectionActor, int] = {}  # to restore after a phase
         self._check_phases()
 
     def _check_phases(self) -> None:
@@ -162,6 +165,10 @@ class OfflineTrainer:
                 trained.append(loss)
                 if self.target_updater is not None and self.target_updater.loss_module is loss:
                     updater = self.target_updater
+        if phase.num_candidates is not None:
+            for actor in self._actors():
+                self._num_candidates[actor] = actor.num_candidates
+                actor.num_candidates = phase.num_candidates
         parameters = [parameter for loss in trained for parameter in loss.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=phase.lr, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.lr_factor)
@@ -170,6 +177,13 @@ class OfflineTrainer:
     def _end(self) -> None:
         for loss in self.losses.values():
             loss.reset_out_keys()
+        while self._num_candidates:
+            actor, num_candidates = self._num_candidates.popitem()
+            actor.num_candidates = num_candidates
+
+    def _actors(self) -> list[FlowRejectionActor]:
+        actors = {getattr(loss, "actor_network", None) for loss in self.losses.values()}
+        return [actor for actor in actors if isinstance(actor, FlowRejectionActor)]
 
     def _log_losses(
         self, phase: Phase, losses: TensorDictBase, update: LossUpdate, bar: tqdm
@@ -209,15 +223,20 @@ class OfflineTrainer:
             loss.load_state_dict(state_dict["losses"][name])
         self.updates = state_dict["updates"]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, **modules: nn.Module) -> None:
         """Writes :meth:`state_dict` to a file, which is whole or not there at all.
 
         Read it with ``torch.load(path, weights_only=True)``.
+
+        Args:
+            path (str or Path): the file.
+            **modules (nn.Module): whose states to add, under these names: ``actor=actor``.
         """
         path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            torch.save(self.state_dict(), aside)
+            states = {name: module.state_dict() for name, module in modules.items()}
+            torch.save({**self.state_dict(), **states}, aside)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
