@@ -44,6 +44,15 @@ LOSSES = {
 }
 
 
+def cases_of(path: str | Path) -> list[str]:
+    """The cases of a file: ``st``, ``gc`` or both."""
+    with np.load(path, allow_pickle=False) as file:
+        cases = [case for case in ("st", "gc") if f"{case}/config_json" in file.files]
+    if not cases:
+        raise SystemExit(f"{path} has neither case 'st' nor 'gc': it is not a parity fixture.")
+    return cases
+
+
 class Fixture:
     """One case of a fixture file, and its arrays as tensors."""
 
@@ -61,6 +70,10 @@ class Fixture:
 
     def keys(self, prefix: str) -> list[str]:
         return [key for key in self.arrays if key.startswith(prefix)]
+
+    @property
+    def has_goals(self) -> bool:
+        return bool(self.keys("step0/batch/value_goals"))
 
     @property
     def steps(self) -> int:
@@ -87,11 +100,20 @@ class Agent:
             )
         nets = self.networks
         target_network = nets.pop("target_value")
-        flow = FlowMatchingPolicy(nets["actor_flow"], action_dim, config["flow_steps"])
-        student = OneStepPolicy(nets["actor_onestep_flow"], action_dim)
-        value = ValueOperator(nets["value"])
-        qvalue = ValueOperator(nets["critic"], in_keys=["observation", "action"])
-        world_model = ChunkedWorldModel(nets["dynamics"], nets["reward"], nets["success"])
+        goal = ["goal"] if fixture.has_goals else []
+        state, noisy = ["observation", *goal], ["observation", *goal, "noise"]
+        steps = config["flow_steps"]
+        flow = FlowMatchingPolicy(nets["actor_flow"], action_dim, steps, in_keys=noisy)
+        student = OneStepPolicy(nets["actor_onestep_flow"], action_dim, in_keys=noisy)
+        value = ValueOperator(nets["value"], in_keys=state)
+        qvalue = ValueOperator(nets["critic"], in_keys=[*state, "action"])
+        world_model = ChunkedWorldModel(
+            nets["dynamics"],
+            nets["reward"],
+            nets["success"],
+            goal_key=goal[0] if goal else None,
+            negative_reward=config.get("gc_negative", True) if goal else None,
+        )
         self.actor = FlowRejectionActor(
             student,
             qvalue,
@@ -164,7 +186,9 @@ def batch(fixture: Fixture, step: str) -> TensorDict:
     data = {key: fixture[f"{step}/batch/{key}"] for key in ("observations", "next_observations")}
     chunk_size = fixture.config["action_chunking"]
     noises = fixture[f"{step}/noise/rollout_noises"]
+    goals = ("value_goal", "actor_goal") if fixture.has_goals else ()
     return TensorDict(
+        **{goal: fixture[f"{step}/batch/{goal}s"] for goal in goals},
         observation=data["observations"],
         action=fixture[f"{step}/batch/actions"].unflatten(-1, (chunk_size, -1)),
         flow_noise=fixture[f"{step}/noise/flow_x0"],
@@ -231,26 +255,24 @@ def replay(path: str | Path, case: str = "st") -> dict[str, dict[str, float]]:
     return errors
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("fixture", type=Path, help="a file such as mac.npz")
-    path = parser.parse_args(argv).fixture
-    errors = replay(path, "st")
+def summary(path: Path, case: str) -> dict:
+    """A case's verdict and largest errors."""
+    errors = replay(path, case)
     largest = {}
     for kind, by_name in errors.items():
         worst = max(by_name, key=by_name.get)
         largest[kind] = {"error": by_name[worst], "of": worst, "tolerance": TOLERANCES[kind]}
     passed = all(entry["error"] <= entry["tolerance"] for entry in largest.values())
-    print(
-        json.dumps(
-            {
-                "fixture": path.name,
-                "st": {"passed": passed, "largest_relative_error": largest, "all": errors},
-                "gc": "not yet supported",
-            }
-        )
-    )
-    return 0 if passed else 1
+    return {"passed": passed, "largest_relative_error": largest, "all": errors}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("fixture", type=Path, help="a file such as mac.npz")
+    path = parser.parse_args(argv).fixture
+    cases = {case: summary(path, case) for case in cases_of(path)}
+    print(json.dumps({"fixture": path.name, **cases}))
+    return 0 if all(case["passed"] for case in cases.values()) else 1
 
 
 if __name__ == "__main__":

@@ -12,12 +12,17 @@ from torchrl.modules import ValueOperator
 
 from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
 
-FIXTURE = Path(__file__).parents[1] / "assets" / "mac_st.npz"
+ASSETS = Path(__file__).parents[1] / "assets"
+CASES = ("st", "gc")
 
 
-def tampered(tmp_path, **changes):
+def fixture_of(case):
+    return ASSETS / f"mac_{case}.npz"
+
+
+def tampered(tmp_path, case, **changes):
     """The fixture with some arrays scaled."""
-    with np.load(FIXTURE) as file:
+    with np.load(fixture_of(case)) as file:
         arrays = {key: file[key] for key in file.files}
     for key, factor in changes.items():
         key = key.replace("__", "/")
@@ -27,11 +32,13 @@ def tampered(tmp_path, **changes):
     return path
 
 
-def test_replay_agrees_with_the_reference(capsys):
-    assert replay.main([str(FIXTURE)]) == 0
+@pytest.mark.parametrize("case", CASES)
+def test_replay_agrees_with_the_reference(capsys, case):
+    assert replay.main([str(fixture_of(case))]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["st"]["passed"]
-    names = report["st"]["all"]
+    assert set(report) == {"fixture", case}
+    assert report[case]["passed"]
+    names = report[case]["all"]
     assert set(names["loss"]) == {*replay.LOSSES, "total"}
     modules = {key.split("/")[0] for key in names["parameter"]}
     assert modules == {
@@ -44,6 +51,8 @@ def test_replay_agrees_with_the_reference(capsys):
     ("key", "kind"),
     [
         ("st__step0__official__loss__critic", "loss"),
+        ("gc__step0__batch__value_goals", "return"),
+        ("gc__step0__batch__actor_goals", "gradient"),
         ("st__step1__official__rollout_observations", "rollout"),
         ("st__step1__official__rollout_returns", "return"),
         ("st__step0__grad__dynamics__Dense_0__kernel", "gradient"),
@@ -51,23 +60,25 @@ def test_replay_agrees_with_the_reference(capsys):
     ],
 )
 def test_replay_notices_a_difference(tmp_path, capsys, key, kind):
-    path = tampered(tmp_path, **{key: 1.01})
+    case = key[:2]
+    path = tampered(tmp_path, case, **{key: 1.01})
     assert replay.main([str(path)]) == 1
-    errors = json.loads(capsys.readouterr().out)["st"]["largest_relative_error"]
+    errors = json.loads(capsys.readouterr().out)[case]["largest_relative_error"]
     failed = [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
-    assert failed == [kind]
+    assert failed == [kind] if "batch" not in key else kind in failed
 
 
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))
-    with pytest.raises(SystemExit, match=r"other\.npz has no case 'st'"):
+    with pytest.raises(SystemExit, match=r"other\.npz has neither case 'st' nor 'gc'"):
         replay.main([str(path)])
 
 
-@pytest.mark.parametrize("case", ["eval_single", "eval_batch"])
-def test_actor_chooses_the_reference_chunk(case):
-    fixture = replay.Fixture(FIXTURE, "st")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("evaluation", ["eval_single", "eval_batch"])
+def test_actor_chooses_the_reference_chunk(case, evaluation):
+    fixture = replay.Fixture(fixture_of(case), case)
     networks = {}
     for module in ("critic", "actor_onestep_flow"):
         prefix = f"eval_params/{module}"
@@ -84,24 +95,27 @@ def test_actor_chooses_the_reference_chunk(case):
                 layer.weight.copy_(fixture[f"{prefix}/LayerNorm_{i}/scale"])
                 layer.bias.copy_(fixture[f"{prefix}/LayerNorm_{i}/bias"])
         networks[module] = network
-    noises = fixture[f"{case}/noises"]
+    noises = fixture[f"{evaluation}/noises"]
+    state = ["observation", "goal"] if fixture.has_goals else ["observation"]
     actor = FlowRejectionActor(
-        OneStepPolicy(networks["actor_onestep_flow"], noises.shape[-1]),
-        ValueOperator(networks["critic"], in_keys=["observation", "action"]),
+        OneStepPolicy(networks["actor_onestep_flow"], noises.shape[-1], in_keys=[*state, "noise"]),
+        ValueOperator(networks["critic"], in_keys=[*state, "action"]),
         num_candidates=noises.shape[0],
         chunk_size=fixture.config["action_chunking"],
     )
-    td = TensorDict(observation=fixture[f"{case}/observations"], noise=noises.movedim(0, -2))
+    td = TensorDict(observation=fixture[f"{evaluation}/observations"], noise=noises.movedim(0, -2))
+    if fixture.has_goals:
+        td["goal"] = fixture[f"{evaluation}/goals"]
     td.auto_batch_size_(td["observation"].ndim - 1)
     td = actor(td)
     chunk = td["action"]
     torch.testing.assert_close(
-        chunk.flatten(-2), fixture[f"{case}/full_chunk"], atol=1e-5, rtol=1e-4
+        chunk.flatten(-2), fixture[f"{evaluation}/full_chunk"], atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(
-        chunk[..., 0, :], fixture[f"{case}/official_action"], atol=1e-5, rtol=1e-4
+        chunk[..., 0, :], fixture[f"{evaluation}/official_action"], atol=1e-5, rtol=1e-4
     )
-    best = fixture[f"{case}/q"].max(0).values
+    best = fixture[f"{evaluation}/q"].max(0).values
     torch.testing.assert_close(td["chosen_action_value"].squeeze(-1), best, atol=1e-5, rtol=1e-4)
 
 

@@ -91,7 +91,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         super().__init__(world_model, device=device, batch_size=torch.Size(batch_size))
-        observation_key, action_key = world_model.in_keys
+        observation_key, action_key = world_model.in_keys[:2]
         reward_key, done_key, terminated_key = (
             unravel_key(key[1:]) for key in world_model.out_keys[1:4]
         )

@@ -80,7 +80,7 @@ class ChunkedWorldModelTransform(Transform):
         # device and puts them in evaluation mode, which is not for it to do to a shared model.
         self.__dict__["world_model"] = world_model
         self.chunk_size = chunk_size
-        self.observation_key, self.action_key = world_model.in_keys
+        self.observation_key, self.action_key = world_model.in_keys[:2]
         self.reward_key, self.done_key, self.terminated_key = (
             unravel_key(key[1:]) for key in world_model.out_keys[1:4]
         )

@@ -37,6 +37,9 @@ class NormedMLP(nn.Module):
     more dimensions than the first is flattened to as many: a chunk ``[*, h, A]`` beside an
     observation ``[*, O]`` counts as ``[*, h * A]``, time-major.
 
+    Raises:
+        ValueError: when called, if the inputs together do not have ``in_features`` numbers.
+
     Examples:
         >>> import torch
         >>> from torchrl_mac.modules import NormedMLP
@@ -57,6 +60,7 @@ class NormedMLP(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         layers: list[nn.Module] = []
         for cells in num_cells:
             layers += [nn.Linear(in_features, cells, device=device), activation_class()]
@@ -73,4 +77,11 @@ class NormedMLP(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
         last = inputs[0].ndim - 1
-        return self.layers(torch.cat([x.flatten(last) for x in inputs], -1))
+        features = torch.cat([x.flatten(last) for x in inputs], -1)
+        if features.shape[-1] != self.in_features:
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            raise ValueError(
+                f"The network takes {self.in_features} numbers, but its inputs of shape {shapes} "
+                f"(observation, goal if there is one, chunk or noise) have {features.shape[-1]}."
+            )
+        return self.layers(features)

@@ -24,7 +24,13 @@ class ChunkedWorldModel(TensorDictModuleBase):
         reward_network (nn.Module): maps the same inputs to the chunk's reward ``[*, 1]``.
         termination_network (nn.Module): maps the same inputs to a logit ``[*, 1]``.
 
+    With a goal ``[*, G]`` the last two map ``(observation, goal, chunk)``; the dynamics never see
+    it. To end is then to reach the goal, and the reward can be read off it.
+
     Keyword Args:
+        goal_key (NestedKey, optional): the goal, such as ``"goal"``. Defaults to none.
+        negative_reward (bool, optional): if ``True``, a chunk's reward is -1, and 0 if the task
+            ends in it; if ``False``, 0 and 1. Default: ``reward_network`` predicts it.
         observation_key (NestedKey, optional): defaults to ``"observation"``.
         action_key (NestedKey, optional): the chunk ``[*, h, A]``. Defaults to ``"action"``.
         reward_key (NestedKey, optional): defaults to ``"reward"``.
@@ -63,12 +69,18 @@ class ChunkedWorldModel(TensorDictModuleBase):
         done_key: NestedKey = "done",
         terminated_key: NestedKey = "terminated",
         logit_key: NestedKey = "termination_logit",
+        goal_key: NestedKey | None = None,
+        negative_reward: bool | None = None,
     ) -> None:
         super().__init__()
+        self.negative_reward = negative_reward
         self.dynamics_network = dynamics_network
         self.reward_network = reward_network
         self.termination_network = termination_network
         self.in_keys = [unravel_key(observation_key), unravel_key(action_key)]
+        self.goal_key = None if goal_key is None else unravel_key(goal_key)
+        if self.goal_key is not None:
+            self.in_keys.append(self.goal_key)
         self.out_keys = [
             unravel_key(("next", key))
             for key in (observation_key, reward_key, done_key, terminated_key, logit_key)
@@ -76,12 +88,16 @@ class ChunkedWorldModel(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the prediction for ``tensordict``'s chunk under ``"next"``."""
-        observation, action = (tensordict.get(key) for key in self.in_keys)
-        logit = self.termination_network(observation, action)
+        observation, action, *goal = (tensordict.get(key) for key in self.in_keys)
+        logit = self.termination_network(observation, *goal, action)
         terminated = logit > 0
+        if self.negative_reward is None:
+            reward = self.reward_network(observation, *goal, action)
+        else:
+            reward = terminated.to(observation.dtype) - float(self.negative_reward)
         prediction = (
             observation + self.dynamics_network(observation, action),
-            self.reward_network(observation, action),
+            reward,
             terminated,
             terminated.clone(),
             logit,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
+from torchrl_mac.objectives.inputs import GoalKeys
 
 __all__ = ["FlowBCLoss"]
 
@@ -39,7 +40,8 @@ class FlowBCLoss(LossModule):
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch. Defaults to
             ``"mean"``.
 
-    The input holds what the policies are conditioned on (``"observation"`` ``[*, O]``) and the
+    The input holds what the policies are conditioned on (``"observation"`` ``[*, O]``; for their
+    ``"goal"``, if they read one, ``"actor_goal"`` ``[*, G]``) and the
     action, flat ``[*, D]`` or a chunk ``[*, h, A]`` with ``D = h * A``. Noise
     (``"flow_noise"`` and ``"distillation_noise"`` ``[*, D]``, ``"flow_time"`` ``[*, 1]``) is
     drawn unless the input has it.
@@ -63,6 +65,10 @@ class FlowBCLoss(LossModule):
 
         Attributes:
             action (NestedKey): the dataset's action. Defaults to ``"action"``.
+            goal (NestedKey): the goal's entry for the policies, if they read one. Defaults to
+                ``"goal"``.
+            actor_goal (NestedKey): the entry of the input that it is. Defaults to
+                ``"actor_goal"``.
             flow_noise (NestedKey): optional noise of the flow term.
             flow_time (NestedKey): optional times of the flow term.
             distillation_noise (NestedKey): optional noise of the distillation term.
@@ -70,6 +76,8 @@ class FlowBCLoss(LossModule):
         """
 
         action: NestedKey = "action"
+        goal: NestedKey = "goal"
+        actor_goal: NestedKey = "actor_goal"
         flow_noise: NestedKey = "flow_noise"
         flow_time: NestedKey = "flow_time"
         distillation_noise: NestedKey = "distillation_noise"
@@ -102,7 +110,11 @@ class FlowBCLoss(LossModule):
     def in_keys(self) -> list[NestedKey]:
         """What the policies are conditioned on, and the action."""
         conditions = [*self.flow_policy.in_keys[:-1], *self.onestep_policy.in_keys[:-1]]
-        return list(dict.fromkeys([*conditions, self.tensor_keys.action]))
+        return [*self._conditions.sources(conditions), self.tensor_keys.action]
+
+    @property
+    def _conditions(self) -> GoalKeys:
+        return GoalKeys(self.tensor_keys.goal, self.tensor_keys.actor_goal)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -142,7 +154,9 @@ class FlowBCLoss(LossModule):
     def _condition_and_action(
         self, tensordict: TensorDictBase, policy: FlowMatchingPolicy | OneStepPolicy
     ) -> tuple[Tensor, Tensor]:
-        condition = torch.cat([tensordict.get(key) for key in policy.in_keys[:-1]], -1)
+        condition = torch.cat(
+            [*self._conditions.read(tensordict, policy.in_keys[:-1]).values()], -1
+        )
         return condition, tensordict.get(self.tensor_keys.action).flatten(condition.ndim - 1)
 
     def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:

@@ -14,6 +14,7 @@ from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
 from torchrl_mac.modules import FlowRejectionActor
+from torchrl_mac.objectives.inputs import GoalKeys
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -55,7 +56,8 @@ class ValueExpansionLoss(LossModule):
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; the rollout
             is averaged first. Defaults to ``"mean"``.
 
-    The input holds what the actor reads (``"observation"`` ``[*, O]``). The rollout's noise
+    The input holds what the actor reads (``"observation"`` ``[*, O]``; for a ``"goal"``, which
+    stays the same in the rollout, ``"value_goal"`` ``[*, G]``). The rollout's noise
     ``[*, H, N, D]``, for N candidates of D coordinates, is drawn unless the input has it as
     ``"noise"``.
 
@@ -91,6 +93,10 @@ class ValueExpansionLoss(LossModule):
         """Keys that :meth:`set_keys` can change.
 
         Attributes:
+            goal (NestedKey): the goal's entry for the networks, if they read one. Defaults to
+                ``"goal"``.
+            value_goal (NestedKey): the entry of the input that it is. Defaults to
+                ``"value_goal"``.
             value (NestedKey): the state value. Defaults to ``"state_value"``.
             state_action_value (NestedKey): the value of a chunk. Defaults to
                 ``"state_action_value"``.
@@ -101,6 +107,8 @@ class ValueExpansionLoss(LossModule):
             priority_weight (NestedKey): optional weight of each sample.
         """
 
+        goal: NestedKey = "goal"
+        value_goal: NestedKey = "value_goal"
         value: NestedKey = "state_value"
         state_action_value: NestedKey = "state_action_value"
         reward: NestedKey = "reward"
@@ -160,9 +168,18 @@ class ValueExpansionLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What the actor and the value networks read."""
-        keys = [*self.actor_network.in_keys, *self.value_network.in_keys]
+        """What the actor, the value networks and the world model read."""
+        return self._conditions.sources(self._state_keys)
+
+    @property
+    def _state_keys(self) -> list[NestedKey]:
+        model = [key for key in self.world_model.in_keys if key not in self.actor_network.out_keys]
+        keys = [*self.actor_network.in_keys, *self.value_network.in_keys, *model]
         return list(dict.fromkeys(keys))
+
+    @property
+    def _conditions(self) -> GoalKeys:
+        return GoalKeys(self.tensor_keys.goal, self.tensor_keys.value_goal)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -191,12 +208,12 @@ class ValueExpansionLoss(LossModule):
         under ``"next"``. All H steps are imagined, whether or not the task has ended before.
         """
         noise = tensordict.get(self.tensor_keys.noise, None)
-        state = {key: tensordict.get(key) for key in self.in_keys}
+        state = self._conditions.read(tensordict, self._state_keys)
         weights = self._maybe_get_priority_weight(tensordict)
         if weights is not None:
             state[self.tensor_keys.priority_weight] = weights
         # A tensordict made by dispatch has no batch size: the observation tells it.
-        state = TensorDict(state, batch_size=state[self.in_keys[0]].shape[:-1])
+        state = TensorDict(state, batch_size=state[self._state_keys[0]].shape[:-1])
         kept = list(state.keys(True, True))
         steps = []
         for k in range(imagination_horizon or self.imagination_horizon):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import ChunkedWorldModel
+from torchrl_mac.objectives.inputs import GoalKeys
 
 __all__ = ["ChunkedWorldModelLoss"]
 
@@ -26,7 +27,8 @@ class ChunkedWorldModelLoss(LossModule):
         \mathcal L_{termination} &= \mathrm{BCE}(\mathrm{logit}, \mathrm{terminated})
 
     with squares averaged over the state's coordinates (https://arxiv.org/abs/2512.08108). Each
-    of the model's networks learns from one term.
+    of the model's networks learns from one term; the reward network also where the model reads
+    rewards off terminations.
 
     Args:
         world_model (ChunkedWorldModel): the model.
@@ -63,6 +65,8 @@ class ChunkedWorldModelLoss(LossModule):
         Attributes:
             observation (NestedKey): the state to predict, under ``"next"``. Defaults to
                 ``"observation"``.
+            goal (NestedKey): what the model reads as its goal, if it has one. Defaults to
+                ``"value_goal"``.
             reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
             terminated (NestedKey): the termination, under ``"next"``. Defaults to
                 ``"terminated"``.
@@ -70,6 +74,7 @@ class ChunkedWorldModelLoss(LossModule):
         """
 
         observation: NestedKey = "observation"
+        goal: NestedKey = "value_goal"
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
@@ -92,23 +97,29 @@ class ChunkedWorldModelLoss(LossModule):
         """What the model reads, and what it is compared with."""
         keys = self.tensor_keys
         truth = [("next", key) for key in (keys.observation, keys.reward, keys.terminated)]
-        return [*self.world_model.in_keys, *truth]
+        return [*self._conditions.sources(self.world_model.in_keys), *truth]
+
+    @property
+    def _conditions(self) -> GoalKeys:
+        return GoalKeys(self.world_model.goal_key, self.tensor_keys.goal)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """The terms in ``out_keys``."""
-        with self.world_model_params.to_module(self.world_model):
-            prediction = self.world_model(tensordict.select(*self.world_model.in_keys))
-        observation, reward, _, _, logit = (
-            prediction.get(key) for key in self.world_model.out_keys
-        )
+        inputs = self._conditions.read(tensordict, self.world_model.in_keys)
+        observation, action, *goal = inputs.values()
+        model = self.world_model
+        with self.world_model_params.to_module(model):
+            next_observation = observation + model.dynamics_network(observation, action)
+            reward = model.reward_network(observation, *goal, action)
+            logit = model.termination_network(observation, *goal, action)
         keys = self.tensor_keys
         true_observation, true_reward, terminated = (
             tensordict.get(("next", key))
             for key in (keys.observation, keys.reward, keys.terminated)
         )
         errors = {
-            "loss_dynamics": (observation - true_observation).square(),
+            "loss_dynamics": (next_observation - true_observation).square(),
             "loss_reward": (reward - true_reward).square(),
             "loss_termination": F.binary_cross_entropy_with_logits(
                 logit, terminated.to(logit.dtype), reduction="none"

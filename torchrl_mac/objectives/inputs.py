@@ -1,0 +1,48 @@
+"""What networks are conditioned on, read from a loss's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+__all__ = ["GoalKeys"]
+
+
+class GoalKeys:
+    """Networks read one goal; which of a batch's goals it is depends on the loss.
+
+    Args:
+        goal (NestedKey): the goal's entry for the networks, as in the environment: ``"goal"``.
+        source (NestedKey): the entry of the loss's input that it is, such as ``"value_goal"``.
+    """
+
+    def __init__(self, goal: NestedKey, source: NestedKey) -> None:
+        self.goal, self.source = goal, source
+
+    def sources(self, keys: Iterable[NestedKey]) -> list[NestedKey]:
+        """The entries of the input for what the networks read, without repetitions."""
+        return list(dict.fromkeys(self.source if key == self.goal else key for key in keys))
+
+    def read(self, tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> dict:
+        """What the networks read, under their names.
+
+        Raises:
+            KeyError: if the input lacks it.
+        """
+        values: dict[NestedKey, Tensor] = {}
+        for key in dict.fromkeys(keys):
+            source = self.source if key == self.goal else key
+            value = tensordict.get(source, None)
+            if value is None and key == self.goal:
+                raise KeyError(
+                    f"The networks read a goal and the input has no {source!r}: give the replay "
+                    f"buffer goals={{{source!r}: ...}}, or name another entry with set_keys()."
+                )
+            if value is None:
+                there = sorted(map(str, tensordict.keys()))
+                raise KeyError(f"The networks read {key!r}, but the input has {there}.")
+            values[key] = value
+        return values
