@@ -43,7 +43,7 @@ def main() -> None:
             widths = sum(episode[key].shape[1] for key in ("observations", "actions"))
             rates[name.env] = rate, 4 * widths + 4 + 3  # and episode number and three flags
         rate, row_bytes = rates[name.env]
-        episodes = settings.episodes if name.size is None else 100 * 1000
+        episodes = settings.episodes * (1 if name.size is None else int(name.size[:-1]))
         rows = episodes * settings.steps
         size = rows * row_bytes / 2**30
         print(

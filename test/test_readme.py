@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+DATASETS = README.parent / "docs" / "datasets.md"
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
 def test_readme(tmp_path, monkeypatch):
@@ -24,13 +29,29 @@ def test_readme(tmp_path, monkeypatch):
             terminals=np.arange(120) % 40 == 39,
         )
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = python_blocks(README)
     assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert names["batch"]["action"].shape == (256, 10, 5)
     assert names["rollout"].shape == (256, 10)
+
+
+def test_own_data(tmp_path, monkeypatch):
+    np.savez(
+        tmp_path / "robot.npz",
+        observations=np.random.rand(60, 3).astype(np.float32),
+        actions=np.zeros((60, 2), np.float32),
+        rewards=np.ones(60, np.float32),
+        terminals=np.zeros(60, bool),
+        timeouts=np.arange(60) % 20 == 19,
+    )
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(DATASETS)
+    names: dict = {}
+    exec(compile(block, str(DATASETS), "exec"), names)
+    assert names["batch"]["action"].shape == (256, 10, 2)
 
 
 def test_readme_names_files_that_exist():

@@ -280,6 +280,7 @@ class TestContent:
             ("cube-quadruple-noisy-v0", (5000, 1001, 0.1, 0.1)),
             ("puzzle-4x5-noisy-v0", (3000, 1001, 0.1, 0.2)),
             ("puzzle-4x6-play-v0", (5000, 1001, 0.1, 0.0)),
+            ("puzzle-4x5-play-100m-v0", (1000, 1001, 0.1, 0.0)),
             ("pointmaze-giant-navigate-v0", (500, 2001, 0.5, 0.0)),
             ("pointmaze-large-stitch-v0", (5000, 201, 0.5, 0.0)),
         ],
@@ -410,6 +411,13 @@ class TestShards:
         del files[f"{MAZE}.json"]
         assert sorted(files) == sorted(shard_names(*range(shards)))
         assert files.items() <= contents(sharded).items()
+
+    def test_a_name_that_says_its_size_has_shards(self, tmp_path):
+        name = "pointmaze-medium-navigate-2m-v0"
+        path = quickly(name, tmp_path, workers=1, episodes=1, val_episodes=1)
+        assert path == tmp_path / f"{name}-000.npz"
+        names = [f"{name}-{k:03d}{end}.npz" for k in range(2) for end in ("", "-val")]
+        assert sorted(file.name for file in tmp_path.glob("*.npz")) == sorted(names)
 
     def test_recipe_lists_the_files(self, sharded):
         found = json.loads((sharded / f"{MAZE}.json").read_text())

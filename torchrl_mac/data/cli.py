@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--episodes", type=int, help="default: as in the official dataset")
     generate.add_argument("--val-episodes", type=int, help="default: a tenth, at least one")
     generate.add_argument(
-        "--shards", type=int, help="make this many pairs of files, each of --episodes"
+        "--shards",
+        type=int,
+        help="make this many pairs of files, each of --episodes (default: 100 for 100m names)",
     )
     generate.add_argument("--steps", type=int, help="rows per episode (default: as official, 1001)")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")

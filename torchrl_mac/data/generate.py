@@ -60,7 +60,8 @@ def generate_dataset(
 
     Keyword Args:
         shards (int, optional): number of pairs of files. The first holds the same rows as a
-            dataset that is not sharded. Default: one pair without a number in its name.
+            dataset that is not sharded. Default: one for each million rows that the name speaks
+            of (``"100m"``), else one pair without a number in its name.
         episodes (int, optional): training episodes, in each shard. Default: as many as the
             official dataset.
         val_episodes (int, optional): validation episodes, in each shard. Default: a tenth of
@@ -105,6 +106,8 @@ def generate_dataset(
     """
     parsed = OGBenchName.parse(name)
     official = OfficialSettings.of(parsed)
+    if shards is None and parsed.size is not None:
+        shards = int(parsed.size[:-1])
     episodes = official.episodes if episodes is None else episodes
     steps = official.steps if steps is None else steps
     val_episodes = max(1, episodes // 10) if val_episodes is None else val_episodes

@@ -44,7 +44,8 @@ class OfficialSettings:
     """How OGBench made one of its datasets.
 
     Args:
-        episodes (int): training episodes; validation has a tenth of that.
+        episodes (int): training episodes, in each file of a set of many files; validation has a
+            tenth of that.
         steps (int): rows per episode, the last of which has no successor.
         noise (float): noise of the scripted oracle.
         p_random_action (float): chance that a step takes a uniformly random action.
@@ -69,10 +70,10 @@ class OfficialSettings:
         if isinstance(name, str):
             name = OGBenchName.parse(name)
         if name.is_manipulation:
-            # cube-octuple only comes as a 100M set, whose files have 1000 episodes each.
             p_random_action = 0.2 if name.env.startswith("puzzle") else 0.1
+            large = name.size is not None  # in files of 1000 episodes, as cube-octuple always is
             return cls(
-                episodes=_EPISODES.get(name.env, 1000),
+                episodes=1000 if large else _EPISODES.get(name.env, 1000),
                 p_random_action=p_random_action if name.behaviour == "noisy" else 0.0,
             )
         if name.env.startswith("pointmaze") and name.behaviour == "stitch":
