@@ -28,7 +28,7 @@ import ogbench
 import pytest
 from filelock import FileLock
 
-from torchrl_mac.data import cli, generate
+from torchrl_mac.data import generate
 from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.names import OGBenchName
 from torchrl_mac.data.parallel import Job, make_episodes
@@ -831,54 +831,3 @@ class TestTwoAtOnce:
             assert second.result(30) == tmp_path / f"{MAZE}-000.npz"
         assert mtimes(tmp_path) == before
         assert f"another process that is making {MAZE}" in messages[0]
-
-
-class TestCommandLine:
-    def test_generate_convert_info(self, tmp_path, capsys):
-        options = ["--episodes", "2", "--steps", "30", "--workers", "1", "--quiet"]
-        assert cli.main(["generate", MAZE, "--out", str(tmp_path), *options]) == 0
-        assert capsys.readouterr().out == f"{tmp_path / MAZE}.npz\n"
-        root = str(tmp_path / "root")
-        task = MAZE.replace("-v0", "-singletask-task1-v0")
-        assert cli.main(["convert", task, "--source", str(tmp_path), "--root", root]) == 0
-        assert "train: 60 rows" in capsys.readouterr().out
-        assert cli.main(["info", task, "--root", root]) == 0
-        words = [line.split() for line in capsys.readouterr().out.splitlines()]
-        (train,) = (line for line in words if line[0] == "train")
-        (val,) = (line for line in words if line[0] == "val")
-        assert "60" in train and "30" in val
-
-    @pytest.mark.parametrize(
-        ("argv", "match"),
-        [
-            ([], "required"),
-            (["generate", CUBE, "--episodes", "many"], "many"),
-            (["generate", CUBE, "--episodes", "0"], "episodes=0"),
-            (["generate", "cube-nonuple-play-v0"], "cube-nonuple"),
-            (["generate", CUBE, "--out", "/dev/null/out"], "another folder"),
-            (["convert", CUBE, "--source", "/nowhere", "--root", "/dev/null"], "/dev/null|source"),
-            (["info", CUBE, "--root", "/nowhere"], "no converted cube-single-play-v0"),
-        ],
-    )
-    def test_errors(self, capsys, argv, match):
-        assert cli.main(argv) == 2
-        stderr = capsys.readouterr().err
-        assert re.search(match, stderr)
-        assert "Traceback" not in stderr and "Errno" not in stderr
-        assert stderr.splitlines()[-1].startswith("torchrl-mac-data")
-
-    def test_interrupted(self, capsys, monkeypatch):
-        def interrupt(*_, **__):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(cli, "generate_dataset", interrupt)
-        assert cli.main(["generate", CUBE]) == 130
-        assert "interrupted" in capsys.readouterr().err
-
-    def test_failed_worker(self, capsys, monkeypatch):
-        def fail(*_, **__):
-            raise RuntimeError("worker is gone")
-
-        monkeypatch.setattr(cli, "generate_dataset", fail)
-        assert cli.main(["generate", CUBE]) == 1
-        assert "worker is gone" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""The command line of datasets."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from torchrl_mac.data import cli
+
+MAZE, CUBE = "pointmaze-medium-navigate-v0", "cube-single-play-v0"
+
+
+class TestCommandLine:
+    def test_generate_convert_info(self, tmp_path, capsys):
+        options = ["--episodes", "2", "--steps", "30", "--workers", "1", "--quiet"]
+        assert cli.main(["generate", MAZE, "--out", str(tmp_path), *options]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / MAZE}.npz\n"
+        root = str(tmp_path / "root")
+        task = MAZE.replace("-v0", "-singletask-task1-v0")
+        assert cli.main(["convert", task, "--source", str(tmp_path), "--root", root]) == 0
+        assert "train: 60 rows" in capsys.readouterr().out
+        assert cli.main(["info", task, "--root", root]) == 0
+        words = [line.split() for line in capsys.readouterr().out.splitlines()]
+        (train,) = (line for line in words if line[0] == "train")
+        (val,) = (line for line in words if line[0] == "val")
+        assert "60" in train and "30" in val
+
+    @pytest.mark.parametrize(
+        ("argv", "match"),
+        [
+            ([], "required"),
+            (["generate", CUBE, "--episodes", "many"], "many"),
+            (["generate", CUBE, "--episodes", "0"], "episodes=0"),
+            (["generate", "cube-nonuple-play-v0"], "cube-nonuple"),
+            (["generate", CUBE, "--out", "/dev/null/out"], "another folder"),
+            (["convert", CUBE, "--source", "/nowhere", "--root", "/dev/null"], "/dev/null|source"),
+            (["info", CUBE, "--root", "/nowhere"], "no converted cube-single-play-v0"),
+        ],
+    )
+    def test_errors(self, capsys, argv, match):
+        assert cli.main(argv) == 2
+        stderr = capsys.readouterr().err
+        assert re.search(match, stderr)
+        assert "Traceback" not in stderr and "Errno" not in stderr
+        assert stderr.splitlines()[-1].startswith("torchrl-mac-data")
+
+    def test_interrupted(self, capsys, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "generate_dataset", interrupt)
+        assert cli.main(["generate", CUBE]) == 130
+        assert "interrupted" in capsys.readouterr().err
+
+    def test_failed_worker(self, capsys, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("worker is gone")
+
+        monkeypatch.setattr(cli, "generate_dataset", fail)
+        assert cli.main(["generate", CUBE]) == 1
+        assert "worker is gone" in capsys.readouterr().err
+
+    def test_columns_and_workers(self, write_npz, tmp_path, capsys):
+        options = ["--source", str(write_npz()), "--root", str(tmp_path / "root")]
+        argv = ["convert", CUBE, *options, "--columns", "qpos", "qvel", "--workers", "1"]
+        assert cli.main(argv) == 0
+        assert cli.main(["info", CUBE, "--root", str(tmp_path / "root")]) == 0
+        assert "qpos  qvel" in capsys.readouterr().out
+        assert cli.main(["convert", CUBE, *options, "--columns", "velocity"]) == 2
+        assert "velocity" in capsys.readouterr().err
+
+    def test_verify(self, write_npz, tmp_path, capsys):
+        source, root = write_npz(), str(tmp_path / "root")
+        assert cli.main(["convert", CUBE, "--source", str(source), "--root", root]) == 0
+        capsys.readouterr()
+        assert cli.main(["verify", CUBE, "--source", str(source)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert cli.main(["verify", CUBE, "--root", root]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        column = tmp_path / "root" / CUBE / "train/rows/action.memmap"
+        with column.open("r+b") as file:
+            file.seek(40)
+            file.write(b"x")
+        assert cli.main(["verify", CUBE, "--root", root]) == 2
+        stderr = capsys.readouterr().err
+        assert "'action'" in stderr and f"{CUBE}.npz" in stderr and "convert again" in stderr
+
+    def test_download(self, tmp_path, capsys):
+        there = tmp_path / "there"
+        there.mkdir()
+        for suffix in ("", "-val"):
+            np.savez(there / f"{CUBE}{suffix}.npz", actions=np.zeros((3, 5)))
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=there)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever).start()
+            address = f"http://127.0.0.1:{server.server_port}"
+            argv = ["download", CUBE, "--out", str(tmp_path / "here"), "--mirror", address]
+            assert cli.main([*argv, "--quiet"]) == 0
+            server.shutdown()
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [str(tmp_path / "here" / f"{CUBE}{end}.npz") for end in ("", "-val")]
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
