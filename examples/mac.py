@@ -3,6 +3,7 @@
     python examples/mac.py                                   # the paper's sizes, cube-single
     python examples/mac.py preset=cpu                        # small networks, for two CPU cores
     python examples/mac.py task=scene task_id=4 seed=1 wandb=online
+    python examples/mac.py task=puzzle-3x3-oraclerep         # goal-conditioned, five tasks at once
 
 Every setting is in configs/. The dataset must be in `data_dir`:
 `torchrl-mac-data generate cube-single-play-v0 --out data`.
@@ -24,12 +25,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs import DeviceCastTransform, RewardScaling
+from torchrl.envs import Compose, DeviceCastTransform, RewardScaling
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger, WandbLogger
 
-from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.data import NUM_TASKS, OGBenchExperienceReplay, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,
@@ -49,8 +50,21 @@ from torchrl_mac.trainers import (
 )
 
 
+def is_goal_conditioned(cfg: DictConfig) -> bool:
+    """Whether one agent learns all tasks of the environment, told which by a goal."""
+    return OGBenchName.parse(cfg.dataset).mode == "oraclerep"
+
+
+def make_envs(cfg: DictConfig, device: torch.device, **kwargs):
+    """The simulator, or one for each task."""
+    make_env = partial(OGBenchEnv, cfg.dataset, device=device, **kwargs)
+    if is_goal_conditioned(cfg):
+        return {f"task{k}": partial(make_env, task_id=k) for k in range(1, NUM_TASKS + 1)}
+    return make_env
+
+
 def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExperienceReplay:
-    """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}), normalised."""
+    """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}) and goals, if any, normalised."""
     buffer = OGBenchExperienceReplay(
         cfg.dataset,
         root=cfg.root,
@@ -58,11 +72,14 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
         split=split,
         chunk_size=cfg.chunk_size,
         gamma=cfg.gamma,
-        ignore_terminated=cfg.ignore_terminated,
+        ignore_terminated=cfg.ignore_terminated and not is_goal_conditioned(cfg),
+        negative_reward=cfg.negative_reward,
         generator=torch.Generator().manual_seed(cfg.seed),
     )
     buffer.append_transform(buffer.observation_norm())
-    if cfg.average_rewards:  # the mean of the chunk's discounted rewards instead of their sum
+    if is_goal_conditioned(cfg):
+        buffer.append_transform(buffer.goal_norm())
+    elif cfg.average_rewards:  # the mean of the chunk's discounted rewards instead of their sum
         scaling = RewardScaling(loc=0.0, scale=1 / cfg.chunk_size, in_keys=[("next", "reward")])
         buffer.append_transform(scaling)
     buffer.append_transform(DeviceCastTransform(device))
@@ -73,6 +90,12 @@ def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.
     """The networks and what trains them; also the actor for the simulator's raw observations."""
     obs_dim, action_dim = buffer.metadata["observation_dim"], buffer.metadata["action_dim"]
     h, chunk_dim = cfg.chunk_size, cfg.chunk_size * action_dim
+    goal = ["goal"] if is_goal_conditioned(cfg) else []
+    state, state_dim = ["observation", *goal], obs_dim
+    normalise = [buffer.observation_norm(in_keys=["observation"])]
+    if goal:
+        state_dim += buffer.goal_spec.shape[-1]
+        normalise.append(buffer.goal_norm(in_keys=goal))
     activation = {"gelu": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}[cfg.activation]
 
     def network(cells: list[int], inputs: int, outputs: int) -> NormedMLP:
@@ -80,23 +103,30 @@ def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.
 
     # Behaviour: a flow over chunks, and its one-step student
     flow = FlowMatchingPolicy(
-        network(cfg.policy_cells, obs_dim + chunk_dim + 1, chunk_dim), chunk_dim, cfg.flow_steps
+        network(cfg.policy_cells, state_dim + chunk_dim + 1, chunk_dim),
+        chunk_dim,
+        cfg.flow_steps,
+        in_keys=[*state, "noise"],
     ).to(device)
-    policy = OneStepPolicy(network(cfg.policy_cells, obs_dim + chunk_dim, chunk_dim), chunk_dim).to(
-        device
-    )
+    policy = OneStepPolicy(
+        network(cfg.policy_cells, state_dim + chunk_dim, chunk_dim),
+        chunk_dim,
+        in_keys=[*state, "noise"],
+    ).to(device)
 
     # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
     world_model = ChunkedWorldModel(
         network(cfg.dynamics_cells, obs_dim + chunk_dim, obs_dim),
-        network(cfg.head_cells, obs_dim + chunk_dim, 1),
-        network(cfg.head_cells, obs_dim + chunk_dim, 1),
+        network(cfg.head_cells, state_dim + chunk_dim, 1),
+        network(cfg.head_cells, state_dim + chunk_dim, 1),
+        goal_key=goal[0] if goal else None,
+        negative_reward=cfg.negative_reward if goal else None,
     )
 
     # Values: V(s), and Q(s, chunk) to choose chunks by
-    value = ValueOperator(network(cfg.value_cells, obs_dim, 1))
+    value = ValueOperator(network(cfg.value_cells, state_dim, 1), in_keys=state)
     qvalue = ValueOperator(
-        network(cfg.value_cells, obs_dim + chunk_dim, 1), in_keys=["observation", "action"]
+        network(cfg.value_cells, state_dim + chunk_dim, 1), in_keys=[*state, "action"]
     )
     imagined = FlowRejectionActor(policy, qvalue, num_candidates=cfg.num_candidates, chunk_size=h)
     acting = FlowRejectionActor(
@@ -104,7 +134,7 @@ def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.
         qvalue,
         num_candidates=cfg.eval_num_candidates,
         chunk_size=h,
-        transform=buffer.observation_norm(in_keys=["observation"]).to(device),
+        transform=Compose(*normalise).to(device),
     )
 
     values = ValueExpansionLoss(
@@ -131,7 +161,7 @@ def main(cfg: DictConfig) -> None:
     buffer = make_buffer(cfg, device, "train")
     losses, actor = make_losses(cfg, buffer, device)
     evaluator = Evaluator(
-        lambda: OGBenchEnv(cfg.dataset, device=device),
+        make_envs(cfg, device),
         actor,
         num_episodes=cfg.eval_episodes,
         num_envs=cfg.eval_num_envs,
@@ -163,7 +193,7 @@ def main(cfg: DictConfig) -> None:
 
     trainer.save(output / "checkpoint.pt", actor=actor)
     summary = {
-        "success_rate": result.pop("success_rate"),
+        "success_rate": result.pop("success_rate"),  # of several tasks, their mean
         "episodes": cfg.eval_episodes,
         **result,
         "seed": cfg.seed,
@@ -176,9 +206,7 @@ def main(cfg: DictConfig) -> None:
     plot_curves(output / "curves.png", csv)
     if cfg.video_episodes:
         try:
-            frames = evaluator.record(
-                lambda: OGBenchEnv(cfg.dataset, device=device, from_pixels=True), cfg.video_episodes
-            )
+            frames = evaluator.record(make_envs(cfg, device, from_pixels=True), cfg.video_episodes)
             write_video(output / "evaluation.mp4", frames)
         except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it
             torchrl_logger.warning(f"No video: {error}")

@@ -76,6 +76,28 @@ def test_mac(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_agent_for_all_tasks(tmp_path):
+    generate_dataset(
+        "pointmaze-medium-navigate-v0",
+        tmp_path,
+        episodes=3,
+        val_episodes=1,
+        steps=81,
+        workers=1,
+        progress=False,
+    )
+    phase = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 20, batch_size: 8}}"
+    task = "task=pointmaze-medium-oraclerep"
+    overrides = (f"phases=[{phase}]", task, "eval_episodes=1", "replan_interval=10")
+    result = run(tmp_path, tmp_path / "run", *overrides)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    rates = [summary[f"task{k}/success_rate"] for k in range(1, 6)]
+    assert summary["success_rate"] == pytest.approx(sum(rates) / 5)
+    assert summary["updates"] == 20
+
+
+@pytest.mark.slow
 def test_mac_says_what_is_missing(data, tmp_path):
     result = run(data, tmp_path / "run", "task=scene")
     assert result.returncode != 0
@@ -84,7 +106,10 @@ def test_mac_says_what_is_missing(data, tmp_path):
 
 def test_configs_cover_the_paper():
     tasks = {path.stem for path in (ROOT / "configs/task").glob("*.yaml")}
-    assert tasks == {"cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"}
+    assert tasks >= {"cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"}
+    goals = ("cube-double", "cube-octuple", "puzzle-3x3", "puzzle-4x5")
+    mazes = ("humanoidmaze-medium", "humanoidmaze-giant", "pointmaze-medium")
+    assert tasks >= {f"{env}-oraclerep" for env in (*goals, *mazes)}
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ H, A = 4, 2
 
 
 class Walk(EnvBase):
-    """Ends with success once the actions add up to 1; is truncated after 9 steps."""
+    """Ends with success once the actions add up to its length; is truncated after 9 steps."""
 
-    def __init__(self):
+    def __init__(self, length=1.0):
         super().__init__()
+        self.length = length
         flag = Categorical(2, shape=(1,), dtype=torch.bool)
         self.observation_spec = Composite(observation=Unbounded(2), success=flag)
         self.action_spec = Bounded(-1, 1, (A,))
@@ -43,7 +44,7 @@ class Walk(EnvBase):
     def _step(self, tensordict):
         self.steps += 1
         self.at = self.at + tensordict["action"][..., :1]
-        success = self.at >= 1
+        success = self.at >= self.length
         return TensorDict(
             observation=torch.cat([self.at, torch.tensor([self.steps / 10])]),
             success=success,
@@ -78,12 +79,24 @@ def test_success_return_and_length(num_envs):
     evaluator, _ = make(0.25, num_episodes=5, num_envs=num_envs, seed=3)
     metrics = evaluator()
     rounds = -(-5 // num_envs)
-    starts = [env.seen[-rounds:] for env in evaluator._env.base_env._envs]
+    starts = [env.seen[-rounds:] for env in evaluator._envs[""].base_env._envs]
     starts = [start for group in zip(*starts, strict=True) for start in group][:5]
     lengths = torch.tensor([-(-(1 - start) // 0.25) for start in starts])
     assert metrics["success_rate"] == 1.0
     assert metrics["episode_length"] == pytest.approx(lengths.mean().item())
     assert metrics["episode_return"] == pytest.approx((1 - lengths).mean().item())
+
+
+def test_several_tasks():
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=2, seed=3)
+    alone = evaluator()
+    evaluator.make_env = {"near": Walk, "far": lambda: Walk(length=3.5)}
+    metrics = evaluator()
+    assert {f"near/{name}" for name in alone} < set(metrics)
+    assert all(metrics[f"near/{name}"] == value for name, value in alone.items())
+    assert metrics["far/success_rate"] == 0.0 and metrics["success_rate"] == 0.5
+    assert metrics["episode_length"] == (metrics["near/episode_length"] + 9) / 2
+    assert evaluator() == metrics
 
 
 def test_failures_are_counted():

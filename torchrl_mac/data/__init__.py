@@ -5,7 +5,7 @@ from torchrl.data.datasets import register_dataset
 from torchrl_mac.data.download import download_dataset
 from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.goals import GoalDistribution
-from torchrl_mac.data.names import OGBenchName
+from torchrl_mac.data.names import NUM_TASKS, OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
@@ -13,6 +13,7 @@ from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
+    "NUM_TASKS",
     "ActionChunkExperienceReplay",
     "ActionChunkSampler",
     "ActionChunkStorage",

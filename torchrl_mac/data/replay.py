@@ -330,6 +330,11 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         return Composite(observation=Unbounded((self.metadata["observation_dim"],)))
 
     @property
+    def goal_spec(self) -> Unbounded:
+        """The environment's goals, if goals are sampled."""
+        return Unbounded(tuple(self.storage._storage.get(self._goal_source).shape[1:]))
+
+    @property
     def action_spec(self) -> Bounded:
         """The environment's actions (a chunk holds several)."""
         return Bounded(-1.0, 1.0, (self.metadata["action_dim"],))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -50,7 +51,8 @@ class OGBenchEnv(GymWrapper):
       speaks of the state *before* the step, as the reward does (``success_timing="pre"`` of
       OGBench), so the episode ends one step after the goal is reached;
     - ``"goal"``: float32 ``[G]``, constant through an episode; goal-conditioned environments only;
-    - ``"pixels"``: uint8 ``[H, W, 3]``, if ``from_pixels``;
+    - ``"pixels"``: uint8 ``[H, W, 3]``, if ``from_pixels``, and in goal-conditioned environments
+      ``"goal_pixels"``, a picture of the goal, constant through an episode;
 
     and step also ``"reward"`` float32 ``[1]`` and ``"terminated"``, ``"truncated"`` (OGBench's time
     limit) and ``"done"``, bool ``[1]``.
@@ -94,8 +96,11 @@ class OGBenchEnv(GymWrapper):
         if from_pixels:
             _check_rendering()
         self._name = name
-        self._options = {} if task_id is None else {"task_id": task_id}
+        self._options: dict[str, Any] = {} if task_id is None else {"task_id": task_id}
+        if from_pixels and name.mode != "singletask":
+            self._options["render_goal"] = True
         self._goal: np.ndarray | None = None
+        self._goal_pixels: np.ndarray | None = None
         self._render = from_pixels
         self._numpy_state = np.random.RandomState().get_state(legacy=False)
         with self._own_numpy_random():
@@ -126,9 +131,9 @@ class OGBenchEnv(GymWrapper):
             for key, value in entries.items()
         }
         spec["success"] = Categorical(2, shape=(1,), device=self.device, dtype=torch.bool)
-        if self._render:
-            shape = entries["pixels"].shape
-            spec["pixels"] = Bounded(0, 255, shape, device=self.device, dtype=torch.uint8)
+        for key in {"pixels", "goal_pixels"} & set(entries):
+            shape = entries[key].shape
+            spec[key] = Bounded(0, 255, shape, device=self.device, dtype=torch.uint8)
         self.observation_spec = Composite(spec)
 
     def _reset(
@@ -155,6 +160,7 @@ class OGBenchEnv(GymWrapper):
         observation, info = reset_outputs_tuple
         if self._name.mode != "singletask":
             self._goal = info["goal"]
+            self._goal_pixels = info.get("goal_rendered")
         return self._entries(observation, success=False), None
 
     def _output_transform(self, step_outputs_tuple: tuple) -> tuple:
@@ -169,6 +175,8 @@ class OGBenchEnv(GymWrapper):
             entries["goal"] = self._goal
         if self._render:
             entries["pixels"] = self._env.unwrapped.render()
+            if self._goal_pixels is not None:
+                entries["goal_pixels"] = self._goal_pixels
         return entries
 
     def _set_seed(self, seed: int | None) -> None:
@@ -196,6 +204,7 @@ def _make_env(name: OGBenchName, env_kwargs: dict[str, Any]) -> gymnasium.Env:
 
     # The passive checker would only compare float64 observations to their space, at each step.
     env_kwargs = {"disable_env_checker": True, **env_kwargs}
+    name = dataclasses.replace(name, size=None)  # of the dataset, which is not opened here
     env = ogbench.make_env_and_datasets(str(name), env_only=True, **env_kwargs)
     if name.is_manipulation:
         # Their action space is a property that makes a fresh, unseeded space at each access, and

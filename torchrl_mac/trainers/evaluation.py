@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from statistics import fmean
 
 import torch
 from tensordict import TensorDictBase
@@ -14,6 +15,7 @@ from torchrl_mac.modules import FlowRejectionActor
 
 __all__ = ["Evaluator"]
 
+MakeEnv = Callable[[], EnvBase] | Mapping[str, Callable[[], EnvBase]]
 _MAX_STEPS = 10_000  # every OGBench episode is truncated long before
 
 
@@ -25,12 +27,12 @@ class Evaluator:
     left as it was.
 
     Args:
-        make_env (callable): builds one environment, with what the actor needs (normalised
-            observations, for example). It reports ``"success"``.
+        make_env (callable or dict of callables): builds one environment, which reports
+            ``"success"``. Several, by the name of their task, are evaluated one after the other.
         actor (FlowRejectionActor): writes chunks of ``actor.chunk_size`` actions.
 
     Keyword Args:
-        num_episodes (int, optional): defaults to 50.
+        num_episodes (int, optional): of each task. Defaults to 50.
         num_envs (int, optional): how many environments step side by side. Defaults to 10.
         replan_interval (int, optional): how many actions of a chunk are executed before the
             actor is asked again, from 1 (as the reference implementation) to ``chunk_size``
@@ -63,7 +65,7 @@ class Evaluator:
 
     def __init__(
         self,
-        make_env: Callable[[], EnvBase],
+        make_env: MakeEnv,
         actor: FlowRejectionActor,
         *,
         num_episodes: int = 50,
@@ -90,19 +92,58 @@ class Evaluator:
             action_keys=[actor.action_key],
             replan_interval=replan_interval,
         )
-        self._env: EnvBase | None = None
+        self._envs: dict[str, EnvBase] = {}
 
     def __call__(self, num_episodes: int | None = None) -> dict[str, float]:
-        """Runs all episodes, or the first ``num_episodes`` of them.
+        """Runs all episodes, or the first ``num_episodes`` of them, of each task.
 
         Returns:
-            the means ``success_rate``, ``episode_return`` and ``episode_length``.
+            the means ``success_rate``, ``episode_return`` and ``episode_length``; of several tasks
+            those of each, as ``{task}/success_rate``, and their means over the tasks.
         """
         num_episodes = self.num_episodes if num_episodes is None else num_episodes
-        if self._env is None:
-            self._env = self._make(self.make_env, self.num_envs)
+        if not isinstance(self.make_env, Mapping):
+            return self._evaluate("", self.make_env, num_episodes)
+        by_task = {
+            task: self._evaluate(task, make_env, num_episodes)
+            for task, make_env in self.make_env.items()
+        }
+        names = next(iter(by_task.values()))
+        means = {name: fmean(metrics[name] for metrics in by_task.values()) for name in names}
+        for task, metrics in by_task.items():
+            means.update({f"{task}/{name}": value for name, value in metrics.items()})
+        return means
+
+    def record(self, make_env: MakeEnv, num_episodes: int) -> list[torch.Tensor]:
+        """Runs ``num_episodes`` of each task one by one, in environments that write ``"pixels"``.
+
+        Returns:
+            for each episode its frames, uint8 ``[T, H, W, 3]``; where the environment writes
+            ``"goal_pixels"``, ``[T, H, 2 * W, 3]`` with the goal at the right.
+        """
+        tasks = make_env.values() if isinstance(make_env, Mapping) else [make_env]
+        episodes: list[TensorDictBase] = []
+        for make in tasks:
+            env = self._make(make, 1)
+            try:
+                episodes += self._run(env, num_episodes)
+            finally:
+                env.close()
+        pictures = [key for key in ("pixels", "goal_pixels") if key in episodes[0].keys()]
+        return [torch.cat([episode[key] for key in pictures], 2) for episode in episodes]
+
+    def close(self) -> None:
+        """Closes the environments; they are built again when needed."""
+        while self._envs:
+            self._envs.popitem()[1].close()
+
+    def _evaluate(
+        self, task: str, make_env: Callable[[], EnvBase], num_episodes: int
+    ) -> dict[str, float]:
+        if task not in self._envs:
+            self._envs[task] = self._make(make_env, self.num_envs)
         rounds = -(-num_episodes // self.num_envs)
-        episodes = self._run(self._env, rounds)[:num_episodes]
+        episodes = self._run(self._envs[task], rounds)[:num_episodes]
         success, total, length = torch.stack(
             [torch.stack(_summary(episode)) for episode in episodes]
         ).unbind(-1)
@@ -111,25 +152,6 @@ class Evaluator:
             "episode_return": total.mean().item(),
             "episode_length": length.mean().item(),
         }
-
-    def record(self, make_env: Callable[[], EnvBase], num_episodes: int) -> list[torch.Tensor]:
-        """Runs ``num_episodes`` one by one in an environment that writes ``"pixels"``.
-
-        Returns:
-            for each episode its frames, uint8 ``[T, H, W, 3]``.
-        """
-        env = self._make(make_env, 1)
-        try:
-            episodes = self._run(env, num_episodes)
-        finally:
-            env.close()
-        return [episode["pixels"] for episode in episodes]
-
-    def close(self) -> None:
-        """Closes the environments; they are built again when needed."""
-        if self._env is not None:
-            self._env.close()
-            self._env = None
 
     @staticmethod
     def _make(make_env: Callable[[], EnvBase], num_envs: int) -> EnvBase:
