@@ -38,6 +38,7 @@ from torchrl_mac.modules import (
     FlowRejectionActor,
     NormedMLP,
     OneStepPolicy,
+    StackedMLP,
 )
 from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 from torchrl_mac.trainers import (
@@ -86,8 +87,16 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
     return buffer
 
 
-def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.device):
-    """The networks and what trains them; also the actor for the simulator's raw observations."""
+def make_losses(
+    cfg: DictConfig,
+    buffer: OGBenchExperienceReplay,
+    device: torch.device,
+    num_tasks: int | None = None,
+):
+    """The networks and what trains them; also the actor for the simulator's raw observations.
+
+    With ``num_tasks`` there is one network for each task where rewards have a say.
+    """
     obs_dim, action_dim = buffer.metadata["observation_dim"], buffer.metadata["action_dim"]
     h, chunk_dim = cfg.chunk_size, cfg.chunk_size * action_dim
     goal = ["goal"] if is_goal_conditioned(cfg) else []
@@ -100,6 +109,14 @@ def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.
 
     def network(cells: list[int], inputs: int, outputs: int) -> NormedMLP:
         return NormedMLP(inputs, outputs, cells, activation_class=activation, device=device)
+
+    def task_network(*sizes) -> NormedMLP | StackedMLP:
+        if num_tasks is None:
+            return network(*sizes)
+        cells, inputs, outputs = sizes
+        return StackedMLP(
+            num_tasks, inputs, outputs, cells, activation_class=activation, device=device
+        )
 
     # Behaviour: a flow over chunks, and its one-step student
     flow = FlowMatchingPolicy(
@@ -117,16 +134,16 @@ def make_losses(cfg: DictConfig, buffer: OGBenchExperienceReplay, device: torch.
     # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
     world_model = ChunkedWorldModel(
         network(cfg.dynamics_cells, obs_dim + chunk_dim, obs_dim),
-        network(cfg.head_cells, state_dim + chunk_dim, 1),
-        network(cfg.head_cells, state_dim + chunk_dim, 1),
+        task_network(cfg.head_cells, state_dim + chunk_dim, 1),
+        task_network(cfg.head_cells, state_dim + chunk_dim, 1),
         goal_key=goal[0] if goal else None,
         negative_reward=cfg.negative_reward if goal else None,
     )
 
     # Values: V(s), and Q(s, chunk) to choose chunks by
-    value = ValueOperator(network(cfg.value_cells, state_dim, 1), in_keys=state)
+    value = ValueOperator(task_network(cfg.value_cells, state_dim, 1), in_keys=state)
     qvalue = ValueOperator(
-        network(cfg.value_cells, state_dim + chunk_dim, 1), in_keys=[*state, "action"]
+        task_network(cfg.value_cells, state_dim + chunk_dim, 1), in_keys=[*state, "action"]
     )
     imagined = FlowRejectionActor(policy, qvalue, num_candidates=cfg.num_candidates, chunk_size=h)
     acting = FlowRejectionActor(

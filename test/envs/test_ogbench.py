@@ -296,7 +296,7 @@ os.environ["MUJOCO_GL"] = "egl"
 import torch
 from torchrl.envs.utils import check_env_specs
 from torchrl_mac.envs import OGBenchEnv
-for name in ({MAZE!r}, {CUBE!r}):
+for name in ({MAZE!r}, {CUBE!r}, "cube-single-play-singletask-v0"):
     env = OGBenchEnv(name, from_pixels=True, env_kwargs={{"width": 64, "height": 48}})
     check_env_specs(env)
     rollout = env.rollout(2)
@@ -304,6 +304,12 @@ for name in ({MAZE!r}, {CUBE!r}):
     assert frames.shape == (2, 48, 64, 3) and frames.dtype == torch.uint8, frames
     assert frames.float().std() > 1
     assert "observation" in rollout
+    if "goal" in rollout:
+        goal = rollout["goal_pixels"]
+        assert goal.shape == frames.shape and (goal[0] == goal[1]).all()
+        assert (goal != rollout["pixels"]).any()
+    else:
+        assert "goal_pixels" not in rollout
 """
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 

@@ -61,6 +61,35 @@ def expected(world_model: ChunkedWorldModel, observation: torch.Tensor, chunk: t
     return observation + delta, reward, world_model.termination_network(inputs) > 0
 
 
+def test_a_goal_rides_along():
+    sizes = {"num_cells": (16,)}
+    model = ChunkedWorldModel(
+        NormedMLP(2 + 2 * CHUNK_SIZE, 2, **sizes),
+        *(NormedMLP(2 + 2 + 2 * CHUNK_SIZE, 1, **sizes) for _ in range(2)),
+        goal_key="goal",
+        negative_reward=True,
+    )
+    # the goal decides: the task ends in every chunk but where it is far away
+    model.termination_network.forward = lambda s, g, a: 50 - g.abs().max(-1, keepdim=True).values
+    real = OGBenchEnv("pointmaze-medium-navigate-oraclerep-v0", task_id=2)
+    env = imagine(forbid_steps(real), model)
+    check_env_specs(env)
+    rollout = env.rollout(3, break_when_any_done=False)
+    assert torch.equal(rollout["goal"], rollout["next", "goal"])
+    assert rollout["next", "success"].all() and not rollout["next", "reward"].any()
+    other = ChunkedWorldModelEnv.from_env(model, real, chunk_size=CHUNK_SIZE)
+    check_env_specs(other)
+    start = rollout[0].select("observation", "goal")
+    far = start.clone().set("goal", torch.full((2,), 99.0))
+    for state, reached in ((start, True), (far, False)):
+        step = other.reset(state, set_state=True).set("action", rollout[0]["action"])
+        step = other.step(step)["next"]
+        assert torch.equal(step["goal"], state["goal"])
+        assert step["success"] == step["terminated"] == reached
+        assert step["reward"] == float(reached) - 1
+        torch.testing.assert_close(step["observation"], rollout[0]["next", "observation"])
+
+
 class TestSpecs:
     @pytest.mark.parametrize("name", [NAME, NAME.replace("-v0", "-singletask-v0")])
     def test_single(self, make_world_model, name):

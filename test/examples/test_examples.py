@@ -33,9 +33,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data, output, *overrides):
+def run(data, output, *overrides, example="mac"):
     command = [
-        *(sys.executable, ROOT / "examples/mac.py", "preset=cpu", f"data_dir={data}"),
+        *(sys.executable, ROOT / f"examples/{example}.py", "preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
         *(
             "dynamics_cells=[16,16]",
@@ -95,6 +95,19 @@ def test_one_agent_for_all_tasks(tmp_path):
     rates = [summary[f"task{k}/success_rate"] for k in range(1, 6)]
     assert summary["success_rate"] == pytest.approx(sum(rates) / 5)
     assert summary["updates"] == 20
+
+
+@pytest.mark.slow
+def test_several_tasks_at_once(data, tmp_path):
+    joint = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
+    overrides = (f"phases=[{joint}]", "task_ids=[1,3]", "replan_interval=10")
+    result = run(data, tmp_path / "run", *overrides, example="mac_multitask")
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    names = [f"cube-single-play-singletask-task{k}-v0" for k in (1, 3)]
+    assert list(summary["success_rates"]) == names
+    assert summary["updates"] == 20  # of what all tasks share, then of each task's own
+    assert summary["train_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torchrl_mac.modules import (
     NormedMLP,
     OneStepModel,
     OneStepPolicy,
+    StackedMLP,
 )
 
 OBS, H, A = 4, 3, 2
@@ -61,6 +62,47 @@ class TestNormedMLP:
     def test_without_layer_norm(self):
         network = NormedMLP(5, 2, [7], layer_norm=False)
         assert not any(isinstance(layer, nn.LayerNorm) for layer in network.layers)
+
+
+class TestStackedMLP:
+    @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
+    def test_each_network_is_a_plain_one(self, shape):
+        stacked = StackedMLP(4, OBS + D, 2, [8, 6])
+        for parameter in stacked.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        observation, chunk = torch.randn(4, *shape, OBS), torch.randn(4, *shape, H, A)
+        out = stacked(observation, chunk)
+        assert out.shape == (4, *shape, 2)
+        for k in range(4):
+            alone = stacked.network(k)
+            assert isinstance(alone, NormedMLP)
+            torch.testing.assert_close(alone(observation[k], chunk[k]), out[k])
+
+    def test_gradients_stay_with_their_network(self):
+        stacked = StackedMLP(3, OBS, 1, [8])
+        stacked(torch.randn(3, 5, OBS))[1].sum().backward()
+        for parameter in stacked.parameters():
+            assert parameter.grad[1].any()
+            assert not parameter.grad[[0, 2]].any()
+
+    def test_a_network_shares_its_memory(self):
+        stacked, x = StackedMLP(2, OBS, 1, [8]), torch.randn(2, 5, OBS)
+        alone, before = stacked.network(1), stacked(x)[1]
+        for parameter in stacked.parameters():
+            parameter.data.mul_(2)
+        after = stacked(x)[1]
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(alone(x[1]), after)
+
+    def test_initialisation_and_errors(self):
+        stacked = StackedMLP(3, 100, 50, [64])
+        limit = math.sqrt(6 / 164)
+        assert 0.9 * limit < stacked.weights[0].abs().max() <= limit
+        assert len({weight.sum().item() for weight in stacked.weights[0]}) == 3
+        with pytest.raises(ValueError, match="num_networks must be at least 1"):
+            StackedMLP(0, 4, 1)
+        with pytest.raises(ValueError, match=r"3 networks take \[3, \*, 100\]"):
+            stacked(torch.randn(2, 5, 100))
 
 
 class TestFlow:

@@ -157,6 +157,15 @@ class TestOfflineTrainer:
         assert result["train_seconds"] > 0
         assert set(trainer.losses["behaviour"].out_keys) == {"loss_flow", "loss_distillation"}
 
+    def test_goes_on_counting(self):
+        calls = []
+        trainer = make_trainer(
+            [Phase("p", ["loss_flow"], 3, 4)], evaluate=lambda: calls.append(1) or {"x": 1.0}
+        )
+        assert trainer.train()["updates"] == 3
+        assert trainer.train()["updates"] == 6
+        assert len(calls) == 2
+
     def test_candidates_of_a_phase(self):
         terms, seen = ["loss_value", "loss_qvalue"], []
         phases = [Phase("few", terms, 1, 4, num_candidates=2), Phase("usual", terms, 2, 4)]

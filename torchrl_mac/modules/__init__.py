@@ -12,6 +12,7 @@ except ImportError:
     from torchrl_mac.modules.policies import FlowMatchingPolicy, OneStepPolicy
 from torchrl_mac.modules.mlp import NormedMLP
 from torchrl_mac.modules.rejection import FlowRejectionActor
+from torchrl_mac.modules.stacked import StackedMLP
 from torchrl_mac.modules.world_model import ChunkedWorldModel
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "NormedMLP",
     "OneStepModel",
     "OneStepPolicy",
+    "StackedMLP",
 ]

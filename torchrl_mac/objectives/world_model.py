@@ -105,29 +105,43 @@ class ChunkedWorldModelLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The terms in ``out_keys``."""
-        inputs = self._conditions.read(tensordict, self.world_model.in_keys)
-        observation, action, *goal = inputs.values()
-        model = self.world_model
-        with self.world_model_params.to_module(model):
-            next_observation = observation + model.dynamics_network(observation, action)
-            reward = model.reward_network(observation, *goal, action)
-            logit = model.termination_network(observation, *goal, action)
-        keys = self.tensor_keys
-        true_observation, true_reward, terminated = (
-            tensordict.get(("next", key))
-            for key in (keys.observation, keys.reward, keys.terminated)
-        )
-        errors = {
-            "loss_dynamics": (next_observation - true_observation).square(),
-            "loss_reward": (reward - true_reward).square(),
-            "loss_termination": F.binary_cross_entropy_with_logits(
-                logit, terminated.to(logit.dtype), reduction="none"
-            ),
+        """The terms in ``out_keys``; :meth:`select_out_keys` leaves out the work of the others."""
+        terms = {
+            "loss_dynamics": self.dynamics_loss,
+            "loss_reward": self.reward_loss,
+            "loss_termination": self.termination_loss,
         }
-        out = TensorDict({key: self._reduced(errors[key], tensordict) for key in self.out_keys})
+        out = TensorDict({key: terms[key](tensordict) for key in self.out_keys})
         self._clear_weakrefs(tensordict, out, "world_model_params")
         return out
+
+    def dynamics_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The regression of the next state, which no goal has a part in."""
+        observation, action, *_ = self._inputs(tensordict)
+        with self.world_model_params.to_module(self.world_model):
+            change = self.world_model.dynamics_network(observation, action)
+        truth = tensordict.get(("next", self.tensor_keys.observation))
+        return self._reduced((observation + change - truth).square(), tensordict)
+
+    def reward_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The regression of the chunk's reward."""
+        observation, action, *goal = self._inputs(tensordict)
+        with self.world_model_params.to_module(self.world_model):
+            reward = self.world_model.reward_network(observation, *goal, action)
+        truth = tensordict.get(("next", self.tensor_keys.reward))
+        return self._reduced((reward - truth).square(), tensordict)
+
+    def termination_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The classification of chunks in which the task ends."""
+        observation, action, *goal = self._inputs(tensordict)
+        with self.world_model_params.to_module(self.world_model):
+            logit = self.world_model.termination_network(observation, *goal, action)
+        truth = tensordict.get(("next", self.tensor_keys.terminated)).to(logit.dtype)
+        error = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+        return self._reduced(error, tensordict)
+
+    def _inputs(self, tensordict: TensorDictBase) -> list[Tensor]:
+        return [*self._conditions.read(tensordict, self.world_model.in_keys).values()]
 
     def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         weights = self._maybe_get_priority_weight(tensordict)

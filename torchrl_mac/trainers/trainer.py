@@ -135,6 +135,7 @@ class OfflineTrainer:
         bar = tqdm(total=self.num_updates, disable=not self.progress_bar, unit="it")
         metrics: dict[str, float] = {}
         clock, seconds = timeit("OfflineTrainer/train"), 0.0
+        end = self.updates + self.num_updates
         with bar:
             for phase in self.phases:
                 update, schedule = self._begin(phase)
@@ -145,7 +146,7 @@ class OfflineTrainer:
                     schedule.step()
                     self.updates += 1
                     bar.update()
-                    last = self.updates == self.num_updates
+                    last = self.updates == end
                     if self.updates % self.log_interval == 0 or last:
                         self._log_losses(phase, losses, update, bar)
                     if last or (phase.eval_interval and step % phase.eval_interval == 0):

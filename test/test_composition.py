@@ -1,0 +1,184 @@
+"""The parts in TorchRL's own loops: its losses on imagined data, its critics in our actor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import Bounded, Composite, HERReplayBuffer, LazyTensorStorage, Unbounded
+from torchrl.modules import (
+    NormalParamExtractor,
+    ProbabilisticActor,
+    TanhNormal,
+    ValueOperator,
+)
+from torchrl.objectives import IQLLoss, SoftUpdate, TD3BCLoss
+
+from torchrl_mac.envs import ChunkedWorldModelEnv
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    FlowRejectionActor,
+    NormedMLP,
+    OneStepPolicy,
+)
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
+
+OBS, G, H, A = 3, 2, 4, 2
+D = H * A
+CELLS = [16]
+
+
+def make_world_model(goal):
+    size = OBS + D + (G if goal else 0)
+    return ChunkedWorldModel(
+        NormedMLP(OBS + D, OBS, CELLS),
+        NormedMLP(size, 1, CELLS),
+        NormedMLP(size, 1, CELLS),
+        goal_key="goal" if goal else None,
+        negative_reward=True if goal else None,
+    )
+
+
+def train(loss, sample, updates=20):
+    """TorchRL's plain training loop; returns the critic's losses."""
+    updater = SoftUpdate(loss, tau=0.05)
+    optimizer = torch.optim.Adam(loss.parameters(), 3e-3)
+    critic = []
+    for _ in range(updates):
+        losses = loss(sample())
+        sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+        critic.append(losses["loss_qvalue"].item())
+    return torch.tensor(critic)
+
+
+@pytest.mark.parametrize("goal", [False, True], ids=["single-task", "goal-conditioned"])
+def test_imagination_feeds_td3_bc(goal):
+    state, size = (["observation", "goal"], OBS + G) if goal else (["observation"], OBS)
+    spec = Composite({"observation": Unbounded(OBS), **({"goal": Unbounded(G)} if goal else {})})
+    env = ChunkedWorldModelEnv(
+        make_world_model(goal), spec, Bounded(-1, 1, shape=(A,)), chunk_size=H
+    )
+    actor = TensorDictSequential(
+        TensorDictModule(NormedMLP(size, D, CELLS), in_keys=state, out_keys=["flat"]),
+        TensorDictModule(
+            nn.Sequential(nn.Tanh(), nn.Unflatten(-1, (H, A))),
+            in_keys=["flat"],
+            out_keys=["action"],
+        ),
+    )
+    qvalue = ValueOperator(NormedMLP(size + D, 1, CELLS), in_keys=[*state, "action"])
+    loss = TD3BCLoss(actor, qvalue, action_spec=env.action_spec)
+    loss.make_value_estimator(gamma=0.9)
+
+    def imagine():
+        start = env.observation_spec.rand((16,))
+        with torch.no_grad():
+            return env.rollout(
+                4, tensordict=start, set_state=True, break_when_any_done=False
+            ).reshape(-1)
+
+    critic = train(loss, imagine)
+    assert critic.isfinite().all()
+    assert critic[-5:].mean() < critic[:5].mean()
+
+
+def test_rejection_sampling_with_a_critic_of_iql():
+    """An actor around IQL's critic chooses what that critic, as trained, likes best."""
+    qvalue = ValueOperator(NormedMLP(OBS + D, 1, CELLS), in_keys=["observation", "action"])
+    network = nn.Sequential(nn.Linear(OBS, 2 * D), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(network, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    loss = IQLLoss(actor, qvalue, ValueOperator(NormedMLP(OBS, 1, CELLS)))
+    loss.make_value_estimator(gamma=0.9)
+    policy = OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D)
+    chooser = FlowRejectionActor(policy, qvalue, num_candidates=16)
+
+    def sample():
+        action = torch.rand(64, D) * 2 - 1
+        reward = action.mean(-1, keepdim=True)  # the critic should learn to like large actions
+        done = torch.ones(64, 1, dtype=torch.bool)
+        following = TensorDict(
+            observation=torch.randn(64, OBS), reward=reward, done=done, terminated=done
+        )
+        return TensorDict(
+            observation=torch.randn(64, OBS), action=action, next=following
+        ).auto_batch_size_(1)
+
+    train(loss, sample, 200)
+    td = TensorDict(observation=torch.randn(32, OBS), noise=torch.randn(32, 16, D))
+    td.auto_batch_size_(1)
+    with loss.qvalue_network_params[0].to_module(qvalue):
+        chosen, candidates = chooser(td.clone()), chooser.candidates(td.clone())
+    value = candidates["state_action_value"]
+    assert torch.equal(chosen["chosen_action_value"], value.max(1).values)
+    means = candidates["action"].mean(-1)
+    assert (chosen["action"].mean(-1) > means.mean(1)).float().mean() > 0.9
+
+
+def test_hindsight_goals_train_our_losses():
+    torch.manual_seed(0)
+    buffer = HERReplayBuffer(
+        reward_fn=lambda td: (td["achieved_goal"] != td["desired_goal"]).any(-1, True).float() - 1,
+        her_ratio=0.5,
+        storage=LazyTensorStorage(200),
+        batch_size=32,
+    )
+    done = (torch.arange(200) % 20 == 19).unsqueeze(-1)
+    position = torch.randn(200, G)
+    buffer.extend(
+        TensorDict(
+            observation=torch.randn(200, OBS),
+            desired_goal=torch.full((200, G), 7.0),
+            achieved_goal=position,
+            action=torch.rand(200, H, A),
+            next=TensorDict(
+                observation=torch.randn(200, OBS),
+                reward=torch.zeros(200, 1),
+                done=done,
+                terminated=done.clone(),
+            ),
+        ).auto_batch_size_(1)
+    )
+    noisy = ["observation", "goal", "noise"]
+    flow = FlowMatchingPolicy(NormedMLP(OBS + G + D + 1, D, CELLS), D, 2, in_keys=noisy)
+    policy = OneStepPolicy(NormedMLP(OBS + G + D, D, CELLS), D, in_keys=noisy)
+    value = ValueOperator(NormedMLP(OBS + G, 1, CELLS), in_keys=["observation", "goal"])
+    qvalue = ValueOperator(
+        NormedMLP(OBS + G + D, 1, CELLS), in_keys=["observation", "goal", "action"]
+    )
+    model = make_world_model(goal=True)
+    actor = FlowRejectionActor(policy, qvalue, num_candidates=4, chunk_size=H)
+    behaviour = FlowBCLoss(flow, policy)
+    behaviour.set_keys(actor_goal="desired_goal")
+    dynamics = ChunkedWorldModelLoss(model)
+    dynamics.set_keys(goal="desired_goal")
+    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=3)
+    values.set_keys(value_goal="desired_goal")
+    values.make_value_estimator(gamma=0.9)
+    SoftUpdate(values, tau=0.05)
+    losses = [behaviour, dynamics, values]
+    optimizer = torch.optim.Adam([p for loss in losses for p in loss.parameters()], 1e-2)
+    totals = []
+    for _ in range(20):
+        batch = buffer.sample()
+        assert (batch["desired_goal"] != 7).any() and (batch["desired_goal"] == 7).any()
+        terms = {key: term for loss in losses for key, term in loss(batch).items()}
+        total = sum(terms.values())
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append((terms["loss_flow"] + terms["loss_dynamics"]).item())
+    assert sum(totals[-5:]) < sum(totals[:5])
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
