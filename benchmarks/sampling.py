@@ -16,6 +16,8 @@ the gathers at this size are those of a cold file; the sampler's own cost is not
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import math
@@ -117,6 +119,8 @@ def numpy_gather(rows: TensorDict, batch_size: int, goals: int) -> Callable[[], 
 
 def private_mib() -> float:
     """Resident memory that belongs to the process alone: no pages of mapped files."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
 
@@ -129,6 +133,7 @@ def measure(rows: int, args: argparse.Namespace) -> dict:
         if rows <= WARM_ROWS:
             for column in table.values(True, True):
                 column.as_subclass(torch.Tensor).sum()
+        sampling(table[:EPISODE], ends[:1], GOALS, args.batch_size)()  # PyTorch's own start-up
         before = private_mib()
         samples = {
             "plain": sampling(table, ends, {}, args.batch_size),

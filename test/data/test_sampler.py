@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
+from torchrl_mac.data.segments import Segments
 
 
 def make_storage(lengths, names=None):
@@ -175,6 +176,14 @@ def test_rows_without_episodes_are_refused():
     storage = ActionChunkStorage(TensorDict(action=torch.zeros(4, 1), batch_size=[4]))
     with pytest.raises(KeyError, match="no entry 'episode'"):
         ActionChunkSampler(2).sample(storage, 1)
+
+
+@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=9), equal=st.booleans())
+def test_segments(lengths, equal):
+    lengths = [max(1, lengths[0])] * len(lengths) if equal else lengths
+    expected = [k for k, length in enumerate(lengths) for _ in range(length)]
+    segments = Segments(torch.tensor(lengths).cumsum(0))
+    assert segments.find(torch.arange(len(expected))).tolist() == expected
 
 
 if __name__ == "__main__":

@@ -67,18 +67,18 @@ class GoalDistribution:
             start (Tensor): the current rows, ``[B]`` int64.
             last (Tensor): the last rows of their episodes, ``[B]`` int64.
             anywhere (Tensor): random goals to choose from, ``[B]`` int64.
-            uniform (Tensor): uniform random numbers in [0, 1), ``[3, B]``, float64 to be exact:
-                one to choose the kind, one against the current state, one within the trajectory.
+            uniform (Tensor): uniform random numbers in [0, 1), ``[3, B]``: one to choose the kind,
+                one against the current state, one within the trajectory.
         """
         kind, keep, place = uniform
         end = last - 1
-        nearest = torch.minimum(start + 1, end)
         if self.gamma is None:
-            distance = ((end - nearest) * (1 - place)).round().long()
-            ahead = nearest + distance
+            nearest = torch.minimum(start + 1, end)
+            ahead = nearest + ((end - nearest) * place + 0.5).long()
         else:
-            steps = torch.floor(torch.log1p(-place) / math.log(self.gamma)).long() + 1
-            ahead = torch.minimum(start + steps, end)
-        others = max(1 - self.current, 1e-12)
-        goal = torch.where(kind < self.trajectory / others, ahead, anywhere)
-        return torch.where(keep < self.current, start, goal)
+            steps = (torch.log1p(-place) * (1 / math.log(self.gamma))).long()
+            ahead = torch.minimum(start + 1 + steps, end)
+        if self.current == 1:
+            return start
+        goal = torch.where(kind < self.trajectory / (1 - self.current), ahead, anywhere)
+        return torch.where(keep < self.current, start, goal) if self.current else goal

@@ -15,6 +15,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_mac.data.files import write_json
 from torchrl_mac.data.goals import GoalDistribution
+from torchrl_mac.data.segments import Segments
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = ["ActionChunkSampler"]
@@ -101,7 +102,7 @@ class ActionChunkSampler(Sampler):
 
         Works on the device alone, so that it can be captured in a CUDA graph once it was called.
         """
-        total, cumulative, offset, last = self._starts(storage, self.chunk_size)
+        total, episodes, offset, last = self._starts(storage, self.chunk_size)
         if list(self.goals) != storage.goal_keys:
             raise ValueError(
                 f"The sampler draws the goals {list(self.goals)}, the storage makes "
@@ -109,32 +110,27 @@ class ActionChunkSampler(Sampler):
             )
         if total == 0:
             raise ValueError(
-                f"No episode is longer than chunk_size={self.chunk_size} ({len(cumulative)} "
+                f"No episode is longer than chunk_size={self.chunk_size} ({len(last)} "
                 f"episodes in {len(storage)} rows); choose a smaller chunk_size."
             )
         device = generator.device
         rank = torch.randint(total, (batch_size,), generator=generator, device=device)
-        episode = torch.searchsorted(cumulative, rank, right=True)
+        episode = episodes.find(rank)
         start = rank + offset[episode]
-        window = start.unsqueeze(-1) + torch.arange(self.chunk_size + 1, device=device)
+        size = self.chunk_size + 1
+        index = start.new_empty(batch_size, size + len(self.goals))
+        torch.add(start.unsqueeze(-1), torch.arange(size, device=device), out=index[:, :size])
         if not self.goals:
-            return window
+            return index
         last = last[episode]
-        any_total, any_cumulative, any_offset, _ = self._starts(storage, 1)
+        any_total, episodes, any_offset, _ = self._starts(storage, 1)
         shape = (len(self.goals), batch_size)
         rank = torch.randint(any_total, shape, generator=generator, device=device)
-        anywhere = rank + any_offset[torch.searchsorted(any_cumulative, rank, right=True)]
-        uniform = torch.rand(
-            (len(self.goals), 3, batch_size),
-            generator=generator,
-            device=device,
-            dtype=torch.float64,
-        )
-        goals = [
-            goal.choose(start, last, anywhere[i], uniform[i])
-            for i, goal in enumerate(self.goals.values())
-        ]
-        return torch.cat([window, torch.stack(goals, 1)], 1)
+        anywhere = rank + any_offset[episodes.find(rank)]
+        uniform = torch.rand((len(self.goals), 3, batch_size), generator=generator, device=device)
+        for i, goal in enumerate(self.goals.values()):
+            index[:, size + i] = goal.choose(start, last, anywhere[i], uniform[i])
+        return index
 
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""
@@ -151,8 +147,8 @@ class ActionChunkSampler(Sampler):
 
     def _starts(
         self, storage: ActionChunkStorage, chunk_size: int
-    ) -> tuple[int, Tensor, Tensor, Tensor]:
-        """The number of starts and, per episode, that up to its end, start row minus rank, end."""
+    ) -> tuple[int, Segments, Tensor, Tensor]:
+        """The number of starts, their episodes and, per episode, start row minus rank, last row."""
         if chunk_size in self._cache:
             cached_storage, version, starts = self._cache[chunk_size]
             if cached_storage() is storage and version == storage.version:
@@ -165,7 +161,7 @@ class ActionChunkSampler(Sampler):
         first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])[: len(ends)]
         count = (ends + 1 - first - chunk_size).clamp_min(0)
         cumulative = count.cumsum(0)
-        starts = int(count.sum()), cumulative, first - (cumulative - count), ends
+        starts = int(count.sum()), Segments(cumulative), first - (cumulative - count), ends
         self._cache[chunk_size] = weakref.ref(storage), storage.version, starts
         return starts
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 from torchrl.data import TensorStorage
+
+from torchrl_mac.data.segments import Segments
 
 __all__ = ["ActionChunkStorage"]
 
@@ -127,9 +129,9 @@ class ActionChunkStorage(TensorStorage):
         self.goal_source = unravel_key(goal_source)
         self.reward_goal = unravel_key(reward_goal)
         self.negative_reward = negative_reward
-        self._ends: tuple[tuple[int, int], Tensor] | None = None
+        self._episodes: tuple[tuple[int, int], Tensor, Segments] | None = None
         if episode_ends is not None:
-            self._ends = self.version, episode_ends.to(self.device)
+            self._set_episodes(episode_ends.to(self.device))
 
     def get(self, index: Any) -> Any:
         """Rows, or chunks of them if ``index`` has two dimensions."""
@@ -145,15 +147,23 @@ class ActionChunkStorage(TensorStorage):
     @property
     def episode_ends(self) -> Tensor:
         """The row number of the last row of each episode, ``[E]`` int64, in order."""
-        if self._ends is None or self._ends[0] != self.version:
+        if self._episodes is None or self._episodes[0] != self.version:
             episode = self._column(self.traj_key).flatten()[: len(self)]
             is_end = torch.ones_like(episode, dtype=torch.bool)
             torch.ne(episode[1:], episode[:-1], out=is_end[:-1])
             cursor = self._last_cursor_index
             if cursor is not None and cursor < len(self):
                 is_end[cursor] = True  # in a full ring the row after it is the oldest one
-            self._ends = self.version, is_end.nonzero().squeeze(-1)
-        return self._ends[1]
+            self._set_episodes(is_end.nonzero().squeeze(-1))
+        return cast("tuple[Any, Tensor, Segments]", self._episodes)[1]
+
+    def _set_episodes(self, ends: Tensor) -> None:
+        self._episodes = self.version, ends, Segments(ends + 1)
+
+    def _is_last(self, row: Tensor) -> Tensor:
+        ends = self.episode_ends
+        episodes = cast("tuple[Any, Tensor, Segments]", self._episodes)[2]
+        return ends[episodes.find(row)] == row
 
     def _column(self, key: NestedKey) -> Tensor:
         column = self._storage.get(key, None)
@@ -195,8 +205,7 @@ class ActionChunkStorage(TensorStorage):
             reward = terminated.to(torch.float32) - float(self.negative_reward)
         if reward is not None:
             following.set(self.reward_key, reward)
-        last = self.episode_ends[torch.searchsorted(self.episode_ends, end)] == end
-        last = last.unsqueeze(-1)
+        last = self._is_last(end).unsqueeze(-1)
         if terminated is None or self.ignore_terminated:
             terminated = torch.zeros_like(last)
         following.set("terminated", terminated)
