@@ -1,6 +1,6 @@
 """How fast OGBench's oracles make data, and what the full sets take: a Markdown table.
 
-    python benchmarks/generation.py
+    OMP_NUM_THREADS=1 python benchmarks/generation.py
 
 Makes one episode of every dataset that can be generated, in one process, and takes its CPU time.
 """

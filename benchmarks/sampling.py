@@ -20,7 +20,6 @@ import ctypes
 import gc
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -162,8 +161,7 @@ def measure(rows: int, args: argparse.Namespace) -> dict:
             "sampler_mib": memory,
             "data": "synthetic, sparse files" + ("" if rows <= WARM_ROWS else ", cold"),
         }
-        if rows <= args.slice_sampler_rows:
-            result["slice_sampler_ms"] = slice_sampler_ms(table, args)
+        result["slice_sampler_ms"] = slice_sampler_ms(table, args)
         return result
 
 
@@ -194,7 +192,7 @@ def table_of(sizes: list[dict]) -> str:
     names = [name for name in sizes[0] if name != "data"]
     lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
     for size in sizes:
-        cells = [size.get(name, math.nan) for name in names]
+        cells = [size[name] for name in names]
         cells = [f"{cell:,}" if isinstance(cell, int) else f"{cell:.2f}" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -206,12 +204,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--slice-sampler-rows",
-        type=int,
-        default=10_000_000,
-        help="no SliceSampler above this size: it keeps several times 8 bytes per row",
-    )
     parser.add_argument("--folder", type=Path, help="for the synthetic files")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -222,7 +214,7 @@ def main() -> None:
     results = []
     for rows in args.rows:
         command = [sys.executable, __file__, "--one", "--rows", str(rows)]
-        for name in ("batch_size", "repeats", "threads", "slice_sampler_rows"):
+        for name in ("batch_size", "repeats", "threads"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         if args.folder:
             command += ["--folder", str(args.folder)]
