@@ -677,6 +677,8 @@ class TestInterruption:
             start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
+            # where tests run in the background it is ignored, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             wait_until(lambda: any(tmp_path.glob(".*.partial/*.npz/*")))
