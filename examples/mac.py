@@ -53,7 +53,13 @@ from torchrl_mac.trainers import (
 
 def is_goal_conditioned(cfg: DictConfig) -> bool:
     """Whether one agent learns all tasks of the environment, told which by a goal."""
-    return OGBenchName.parse(cfg.dataset).mode == "oraclerep"
+    mode = OGBenchName.parse(cfg.dataset).mode
+    if mode == "goal":
+        raise ValueError(
+            f"dataset={cfg.dataset} has neither rewards nor oracle representations: name a task "
+            "(...-singletask-task2-v0) or all of them (...-oraclerep-v0)."
+        )
+    return mode == "oraclerep"
 
 
 def make_envs(cfg: DictConfig, device: torch.device, **kwargs):

@@ -16,6 +16,7 @@ from torchrl_mac.data import (
     ActionChunkStorage,
     GoalDistribution,
     ObservationStatistics,
+    OGBenchExperienceReplay,
 )
 
 VALUE = GoalDistribution(current=0.2, trajectory=0.5, random=0.3)
@@ -204,6 +205,14 @@ def test_a_replay_buffer_of_goals(authors):
 def test_bad_distributions(arguments, message):
     with pytest.raises(ValueError, match=message):
         GoalDistribution(*arguments)
+
+
+def test_a_single_task_has_no_goals(tmp_path):
+    name = "cube-single-play-singletask-task2-v0"
+    with pytest.raises(ValueError, match=r"single task.*cube-single-play-oraclerep-v0"):
+        OGBenchExperienceReplay(
+            name, root=tmp_path, source=tmp_path, goals={"value_goal": GoalDistribution(0, 1, 0)}
+        )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def test_mac_says_what_is_missing(data, tmp_path):
     result = run(data, tmp_path / "run", "task=scene")
     assert result.returncode != 0
     assert "scene-play-v0.npz" in result.stderr
+    result = run(data, tmp_path / "run", "dataset=cube-single-play-v0")
+    assert result.returncode != 0
+    assert "neither rewards nor oracle representations" in result.stderr
 
 
 def test_configs_cover_the_paper():

@@ -117,6 +117,11 @@ class OGBenchExperienceReplay(ActionChunkExperienceReplay):
         unknown = set(columns) - set(STATE_KEYS)
         if unknown:
             raise ValueError(f"columns={sorted(unknown)} do not exist; choose among {STATE_KEYS}.")
+        if self.name.mode == "singletask" and kwargs.get("goals"):
+            raise ValueError(
+                f"{dataset_id!r} is a single task, which has its own rewards; goals= belong to "
+                f"names such as {self.name.env}-{self.name.behaviour}-oraclerep-v0."
+            )
         label = label_of(self.name)
         self._labels = [*([label] if label else []), *columns]
         self._observation_keys = ["observation", *columns]
