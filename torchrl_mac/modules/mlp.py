@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["NormedMLP"]
 
-_TanhGELU = partial(nn.GELU, approximate="tanh")
+TanhGELU = partial(nn.GELU, approximate="tanh")
 
 
 class NormedMLP(nn.Module):
@@ -55,7 +55,7 @@ class NormedMLP(nn.Module):
         out_features: int,
         num_cells: Sequence[int] = (1024, 1024, 1024, 1024),
         *,
-        activation_class: Callable[[], nn.Module] = _TanhGELU,
+        activation_class: Callable[[], nn.Module] = TanhGELU,
         layer_norm: bool = True,
         device: torch.device | str | None = None,
     ) -> None:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_mac.modules.mlp import NormedMLP
+from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
 
 __all__ = ["StackedMLP"]
-
-_TanhGELU = partial(nn.GELU, approximate="tanh")
 
 
 class StackedMLP(nn.Module):
@@ -62,7 +60,7 @@ class StackedMLP(nn.Module):
         out_features: int,
         num_cells: Sequence[int] = (1024, 1024, 1024, 1024),
         *,
-        activation_class: Callable[[], nn.Module] = _TanhGELU,
+        activation_class: Callable[[], nn.Module] = TanhGELU,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
