@@ -172,14 +172,20 @@ def make_losses(
     return losses, acting
 
 
-@hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
+def begin(cfg: DictConfig) -> tuple[torch.device, Path]:
+    """Seeds the run; its device, and the folder for what it leaves behind."""
     torch.manual_seed(cfg.seed)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    return device, output
+
+
+@hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
+    device, output = begin(cfg)
 
     buffer = make_buffer(cfg, device, "train")
     losses, actor = make_losses(cfg, buffer, device)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 import hydra
 import torch
-from mac import make_buffer, make_losses
+from mac import begin, make_buffer, make_losses
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
@@ -59,11 +58,7 @@ def split(phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
 @hydra.main(config_path="../configs", config_name="mac_multitask", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates each task, and leaves summary.json and curves.png behind."""
-    torch.manual_seed(cfg.seed)
-    if cfg.num_threads:
-        torch.set_num_threads(cfg.num_threads)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    output = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    device, output = begin(cfg)
     tasks = [f"{cfg.env}-singletask-task{task_id}-v0" for task_id in cfg.task_ids]
 
     def buffers(which: str) -> TaskBuffers:
