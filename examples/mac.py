@@ -53,13 +53,22 @@ from torchrl_mac.trainers import (
 
 def is_goal_conditioned(cfg: DictConfig) -> bool:
     """Whether one agent learns all tasks of the environment, told which by a goal."""
-    mode = OGBenchName.parse(cfg.dataset).mode
-    if mode == "goal":
+    name = OGBenchName.parse(cfg.dataset)
+    if name.mode == "goal":
         raise ValueError(
             f"dataset={cfg.dataset} has neither rewards nor oracle representations: name a task "
             "(...-singletask-task2-v0) or all of them (...-oraclerep-v0)."
         )
-    return mode == "oraclerep"
+    if name.mode == "oraclerep" and cfg.task_id != "all":
+        raise ValueError(
+            f"dataset={cfg.dataset} has all tasks of its environment, but task_id={cfg.task_id}: "
+            "leave it out, or choose a single task (task=cube-single task_id=2)."
+        )
+    if name.mode == "singletask" and name.task_id not in (None, cfg.task_id):
+        raise ValueError(
+            f"dataset={cfg.dataset} contradicts task_id={cfg.task_id}: choose by task_id alone."
+        )
+    return name.mode == "oraclerep"
 
 
 def make_envs(cfg: DictConfig, device: torch.device, **kwargs):
@@ -161,7 +170,12 @@ def make_losses(
     )
 
     values = ValueExpansionLoss(
-        imagined, value, qvalue, world_model, imagination_horizon=cfg.imagination_horizon
+        imagined,
+        value,
+        qvalue,
+        world_model,
+        imagination_horizon=cfg.imagination_horizon,
+        ignore_terminated=cfg.ignore_imagined_terminated,
     )
     values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     losses = {

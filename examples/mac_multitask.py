@@ -11,12 +11,11 @@ Settings are those of mac.py, and `task_ids` (configs/mac_multitask.yaml).
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from statistics import fmean
 
 import hydra
 import torch
-from mac import begin, make_buffer, make_losses
+from mac import begin, is_goal_conditioned, make_buffer, make_envs, make_losses
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
@@ -25,7 +24,6 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
 from torchrl_mac.data import OGBenchExperienceReplay
-from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.trainers import Evaluator, OfflineTrainer, Phase, plot_curves, write_summary
 
@@ -43,7 +41,7 @@ class TaskBuffers:
         return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
 
 
-def split(phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
+def split_phases(phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
     """The phases' terms that all tasks share, and those of each task."""
     parts: tuple[list[Phase], list[Phase]] = ([], [])
     for phase in phases:
@@ -59,19 +57,21 @@ def split(phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates each task, and leaves summary.json and curves.png behind."""
     device, output = begin(cfg)
-    tasks = [f"{cfg.env}-singletask-task{task_id}-v0" for task_id in cfg.task_ids]
-
-    def buffers(which: str) -> TaskBuffers:
-        return TaskBuffers(
-            [make_buffer(OmegaConf.merge(cfg, {"dataset": t}), device, which) for t in tasks]
+    if is_goal_conditioned(cfg):
+        raise ValueError(
+            f"dataset={cfg.dataset} is goal-conditioned, one agent for all tasks: that is mac.py's. "
+            "Here each task has its own: choose a single-task configuration (task=cube-single)."
         )
-
-    train, validation = buffers("train"), buffers("val")
+    tasks = [OmegaConf.merge(cfg, {"task_id": task_id}) for task_id in cfg.task_ids]
+    train, validation = (
+        TaskBuffers([make_buffer(task, device, split) for task in tasks])
+        for split in ("train", "val")
+    )
     losses, actor = make_losses(cfg, train.buffers[0], device, num_tasks=len(tasks))
     csv = CSVLogger("logs", log_dir=str(output))
     csv.log_hparams(OmegaConf.to_container(cfg, resolve=True))
     phases = [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)]
-    shared, own = split(phases)
+    shared, own = split_phases(phases)
     settings = {"loggers": [csv], "log_interval": cfg.log_interval}
     first = OfflineTrainer(
         {name: losses[name] for name in ("behaviour", "world_model")},
@@ -99,7 +99,7 @@ def main(cfg: DictConfig) -> None:
             actor.qvalue_network.module.network(k), in_keys=actor.qvalue_network.in_keys
         )
         evaluator = Evaluator(
-            partial(OGBenchEnv, task, device=device),
+            make_envs(task, device),
             FlowRejectionActor(
                 actor.policy,
                 qvalue,
@@ -112,9 +112,9 @@ def main(cfg: DictConfig) -> None:
             replan_interval=cfg.replan_interval,
             seed=cfg.eval_seed,
         )
-        rates[task] = evaluator()["success_rate"]
+        rates[task.dataset] = evaluator()["success_rate"]
         evaluator.close()
-        torchrl_logger.info(f"{task}: success rate {rates[task]:.2f}")
+        torchrl_logger.info(f"{task.dataset}: success rate {rates[task.dataset]:.2f}")
     summary = {
         "success_rate": fmean(rates.values()),
         "success_rates": rates,

@@ -120,6 +120,21 @@ def test_mac_says_what_is_missing(data, tmp_path):
     assert "neither rewards nor oracle representations" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("example", "overrides", "message"),
+    [
+        ("mac", ["task=puzzle-3x3-oraclerep", "task_id=2"], "leave it out"),
+        ("mac", ["dataset=cube-single-play-singletask-task4-v0"], "choose by task_id alone"),
+        ("mac", ["task_id=all"], "taskall"),
+        ("mac_multitask", ["task=puzzle-3x3-oraclerep"], "choose a single-task configuration"),
+    ],
+)
+def test_tasks_and_goals_are_not_mixed_up(data, tmp_path, example, overrides, message):
+    result = run(data, tmp_path / "run", *overrides, example=example)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
 def test_configs_cover_the_paper():
     tasks = {path.stem for path in (ROOT / "configs/task").glob("*.yaml")}
     assert tasks >= {"cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"}

@@ -115,8 +115,9 @@ class TestExactNumbers:
         for key, value in expected.items():
             torch.testing.assert_close(out[key], value)
 
-    def test_value_expansion_against_a_slow_loop(self):
-        loss, td = value_expansion(), batch()
+    @pytest.mark.parametrize("ignore_terminated", [False, True])
+    def test_value_expansion_against_a_slow_loop(self, ignore_terminated):
+        loss, td = value_expansion(ignore_terminated=ignore_terminated), batch()
         out = loss(td)
         model, policy = loss.world_model, loss.actor_network.policy.model
         qvalue, value = loss.qvalue_network.module, loss.value_network.module
@@ -140,6 +141,8 @@ class TestExactNumbers:
                 masks.append((model.termination_network(x).sigmoid() <= 0.5).float())
                 states.append(s + model.dynamics_network(x))
             assert 0 < torch.stack(masks).mean() < 1
+            if ignore_terminated:
+                masks = [torch.ones_like(mask) for mask in masks]
             returns, following = [], target(states[-1])
             for k in reversed(range(K)):
                 blend = (1 - lmbda) * target(states[k + 1]) + lmbda * following

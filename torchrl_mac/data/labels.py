@@ -125,6 +125,11 @@ def convert_columns(
 
 
 def _state(source: OGBenchSource, first_rows: int | None = None) -> dict[str, Any]:
+    if "qpos" not in source:
+        raise ValueError(
+            f"{source.path} has no 'qpos', which rewards and oracle representations are computed "
+            "from: download or generate it again, or use it without them."
+        )
     state = {"qpos": source.read("qpos", "f")[:first_rows]}
     if "button_states" in source:
         state["button_states"] = source.read("button_states", "iu")[:first_rows]

@@ -53,6 +53,8 @@ class ValueExpansionLoss(LossModule):
             the actor's, or 1.
         delay_value (bool, optional): whether V's targets come from a target network, to be
             updated with :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
+        ignore_terminated (bool, optional): whether the rollout goes on where the world model says
+            that the task has ended, :math:`m = 1` throughout. Defaults to ``False``.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; the rollout
             is averaged first. Defaults to ``"mean"``.
 
@@ -144,6 +146,7 @@ class ValueExpansionLoss(LossModule):
         imagination_horizon: int = 10,
         chunk_size: int | None = None,
         delay_value: bool = True,
+        ignore_terminated: bool = False,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -158,6 +161,7 @@ class ValueExpansionLoss(LossModule):
         self.imagination_horizon = imagination_horizon
         self.chunk_size = chunk_size
         self.delay_value = delay_value
+        self.ignore_terminated = ignore_terminated
         self.reduction = reduction
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.convert_to_functional(qvalue_network, "qvalue_network")
@@ -205,7 +209,8 @@ class ValueExpansionLoss(LossModule):
 
         ``H`` is ``imagination_horizon``, by default this module's. The rollout has the layout of
         :meth:`~torchrl.envs.EnvBase.rollout`: what was seen and done at its root, what followed
-        under ``"next"``. All H steps are imagined, whether or not the task has ended before.
+        under ``"next"``. All H steps are imagined, whether or not the task has ended before; with
+        ``ignore_terminated`` none is said to end it.
         """
         noise = tensordict.get(self.tensor_keys.noise, None)
         state = self._conditions.read(tensordict, self._state_keys)
@@ -222,7 +227,11 @@ class ValueExpansionLoss(LossModule):
             step = self.world_model(self.actor_network(state))
             steps.append(step)
             state = step_mdp(step).select(*kept)
-        return torch.stack(steps, -1)
+        rollout = torch.stack(steps, -1)
+        if self.ignore_terminated:
+            for key in (self.tensor_keys.done, self.tensor_keys.terminated):
+                rollout.get(("next", key)).zero_()
+        return rollout
 
     def value_loss(self, rollout: TensorDictBase) -> Tensor:
         """The regression of V on the returns of a rollout ``[*, H]``."""
