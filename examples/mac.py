@@ -39,6 +39,7 @@ from torchrl_mac.modules import (
     NormedMLP,
     OneStepPolicy,
     StackedMLP,
+    TanhGELU,
 )
 from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 from torchrl_mac.trainers import (
@@ -120,7 +121,7 @@ def make_losses(
     if goal:
         state_dim += buffer.goal_spec.shape[-1]
         normalise.append(buffer.goal_norm(in_keys=goal))
-    activation = {"gelu": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU}[cfg.activation]
+    activation = {"gelu": TanhGELU, "relu": nn.ReLU}[cfg.activation]
 
     def network(cells: list[int], inputs: int, outputs: int) -> NormedMLP:
         return NormedMLP(inputs, outputs, cells, activation_class=activation, device=device)

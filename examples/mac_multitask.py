@@ -28,6 +28,7 @@ from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.trainers import Evaluator, OfflineTrainer, Phase, plot_curves, write_summary
 
 SHARED = {"loss_flow", "loss_distillation", "loss_dynamics"}
+OWN = {"loss_reward", "loss_termination", "loss_value", "loss_qvalue"}
 
 
 class TaskBuffers:
@@ -41,16 +42,18 @@ class TaskBuffers:
         return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
 
 
-def split_phases(phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
-    """The phases' terms that all tasks share, and those of each task."""
-    parts: tuple[list[Phase], list[Phase]] = ([], [])
-    for phase in phases:
-        shared = [term for term in phase.losses if term in SHARED]
-        own = [term for term in phase.losses if term not in SHARED]
-        for part, losses in zip(parts, (shared, own), strict=True):
-            if losses:
-                part.append(dataclasses.replace(phase, losses=losses, eval_interval=0))
-    return parts
+def select(phases: list[Phase], terms: set[str], batch_scale: float = 1.0) -> list[Phase]:
+    """The phases with these terms alone, and batches of another size."""
+    return [
+        dataclasses.replace(
+            phase,
+            losses=losses,
+            batch_size=max(1, round(batch_scale * phase.batch_size)),
+            eval_interval=0,
+        )
+        for phase in phases
+        if (losses := [term for term in phase.losses if term in terms])
+    ]
 
 
 @hydra.main(config_path="../configs", config_name="mac_multitask", version_base="1.3")
@@ -71,12 +74,11 @@ def main(cfg: DictConfig) -> None:
     csv = CSVLogger("logs", log_dir=str(output))
     csv.log_hparams(OmegaConf.to_container(cfg, resolve=True))
     phases = [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)]
-    shared, own = split_phases(phases)
     settings = {"loggers": [csv], "log_interval": cfg.log_interval}
     first = OfflineTrainer(
         {name: losses[name] for name in ("behaviour", "world_model")},
         train.buffers[0],
-        shared,
+        select(phases, SHARED),
         validation_buffer=validation.buffers[0],
         **settings,
     ).train()
@@ -84,7 +86,7 @@ def main(cfg: DictConfig) -> None:
     trainer = OfflineTrainer(
         {name: losses[name] for name in ("world_model", "values")},
         train,
-        own,
+        select(phases, OWN, cfg.task_batch_scale),
         target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
         validation_buffer=validation,
         **settings,

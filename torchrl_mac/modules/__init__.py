@@ -10,7 +10,7 @@ try:  # TorchRL has flow policies of its own from 0.15 on.
 except ImportError:
     from torchrl_mac.modules.flow import FlowMatchingModel, OneStepModel
     from torchrl_mac.modules.policies import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.modules.mlp import NormedMLP
+from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
 from torchrl_mac.modules.rejection import FlowRejectionActor
 from torchrl_mac.modules.stacked import StackedMLP
 from torchrl_mac.modules.world_model import ChunkedWorldModel
@@ -24,4 +24,5 @@ __all__ = [
     "OneStepModel",
     "OneStepPolicy",
     "StackedMLP",
+    "TanhGELU",
 ]

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NormedMLP"]
+__all__ = ["NormedMLP", "TanhGELU"]
 
-TanhGELU = partial(nn.GELU, approximate="tanh")
+
+class TanhGELU(nn.GELU):
+    r"""GELU in its tanh approximation, in the form that compiles to the least work.
+
+    As :math:`1 + \tanh u = 2 \sigma(2 u)`, a sigmoid does what the tanh does; compiled for a CPU it
+    takes half as long.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import TanhGELU
+        >>> TanhGELU()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.1588,  0.0000,  0.8412])
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps each number ``x`` to, approximately, ``x`` times the normal distribution at it."""
+        if torch.compiler.is_compiling():
+            inner = 2 * math.sqrt(2 / math.pi) * (input + 0.044715 * input * input * input)
+            return input * torch.sigmoid(inner)
+        return super().forward(input)
 
 
 class NormedMLP(nn.Module):
