@@ -30,7 +30,7 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger, WandbLogger
 
-from torchrl_mac.data import NUM_TASKS, OGBenchExperienceReplay, OGBenchName
+from torchrl_mac.data import NUM_TASKS, GoalDistribution, OGBenchExperienceReplay, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,
@@ -82,6 +82,9 @@ def make_envs(cfg: DictConfig, device: torch.device, **kwargs):
 
 def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExperienceReplay:
     """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}) and goals, if any, normalised."""
+    goals = {}
+    if is_goal_conditioned(cfg):
+        goals = {"goals": {key: GoalDistribution(**of) for key, of in cfg.goals.items()}}
     buffer = OGBenchExperienceReplay(
         cfg.dataset,
         root=cfg.root,
@@ -89,12 +92,13 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
         split=split,
         chunk_size=cfg.chunk_size,
         gamma=cfg.gamma,
-        ignore_terminated=cfg.ignore_terminated and not is_goal_conditioned(cfg),
+        ignore_terminated=cfg.ignore_terminated and not goals,
         negative_reward=cfg.negative_reward,
         generator=torch.Generator().manual_seed(cfg.seed),
+        **goals,
     )
     buffer.append_transform(buffer.observation_norm())
-    if is_goal_conditioned(cfg):
+    if goals:
         buffer.append_transform(buffer.goal_norm())
     elif cfg.average_rewards:  # the mean of the chunk's discounted rewards instead of their sum
         scaling = RewardScaling(loc=0.0, scale=1 / cfg.chunk_size, in_keys=[("next", "reward")])
