@@ -72,12 +72,18 @@ def is_goal_conditioned(cfg: DictConfig) -> bool:
     return name.mode == "oraclerep"
 
 
-def make_envs(cfg: DictConfig, device: torch.device, **kwargs):
-    """The simulator, or one for each task."""
-    make_env = partial(OGBenchEnv, cfg.dataset, device=device, **kwargs)
-    if is_goal_conditioned(cfg):
-        return {f"task{k}": partial(make_env, task_id=k) for k in range(1, NUM_TASKS + 1)}
-    return make_env
+def make_evaluator(cfg: DictConfig, actor: FlowRejectionActor, device: torch.device) -> Evaluator:
+    """Seeded episodes in the simulator; of all tasks, where one agent has learned them all."""
+    return Evaluator(
+        partial(OGBenchEnv, cfg.dataset, device="cpu" if cfg.eval_workers else device),
+        actor,
+        task_ids=range(1, NUM_TASKS + 1) if is_goal_conditioned(cfg) else None,
+        num_episodes=cfg.eval_episodes,
+        num_envs=cfg.eval_num_envs,
+        num_workers=cfg.eval_workers,
+        replan_interval=cfg.replan_interval,
+        seed=cfg.eval_seed,
+    )
 
 
 def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExperienceReplay:
@@ -208,14 +214,7 @@ def main(cfg: DictConfig) -> None:
 
     buffer = make_buffer(cfg, device, "train")
     losses, actor = make_losses(cfg, buffer, device)
-    evaluator = Evaluator(
-        make_envs(cfg, device),
-        actor,
-        num_episodes=cfg.eval_episodes,
-        num_envs=cfg.eval_num_envs,
-        replan_interval=cfg.replan_interval,
-        seed=cfg.eval_seed,
-    )
+    evaluator = make_evaluator(cfg, actor, device)
     csv = CSVLogger("logs", log_dir=str(output))
     loggers = [csv]
     if cfg.wandb != "disabled":
@@ -254,7 +253,8 @@ def main(cfg: DictConfig) -> None:
     plot_curves(output / "curves.png", csv)
     if cfg.video_episodes:
         try:
-            frames = evaluator.record(make_envs(cfg, device, from_pixels=True), cfg.video_episodes)
+            make_env = partial(OGBenchEnv, cfg.dataset, device=device, from_pixels=True)
+            frames = evaluator.record(make_env, cfg.video_episodes)
             write_video(output / "evaluation.mp4", frames)
         except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it
             torchrl_logger.warning(f"No video: {error}")

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import hydra
 import torch
-from mac import begin, is_goal_conditioned, make_buffer, make_envs, make_losses
+from mac import begin, is_goal_conditioned, make_buffer, make_evaluator, make_losses
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
@@ -25,7 +25,7 @@ from torchrl.record import CSVLogger
 
 from torchrl_mac.data import OGBenchExperienceReplay
 from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.trainers import Evaluator, OfflineTrainer, Phase, plot_curves, write_summary
+from torchrl_mac.trainers import OfflineTrainer, Phase, plot_curves, write_summary
 
 SHARED = {"loss_flow", "loss_distillation", "loss_dynamics"}
 OWN = {"loss_reward", "loss_termination", "loss_value", "loss_qvalue"}
@@ -62,8 +62,8 @@ def main(cfg: DictConfig) -> None:
     device, output = begin(cfg)
     if is_goal_conditioned(cfg):
         raise ValueError(
-            f"dataset={cfg.dataset} is goal-conditioned, one agent for all tasks: that is mac.py's. "
-            "Here each task has its own: choose a single-task configuration (task=cube-single)."
+            f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "
+            "each task has its own: choose a single-task configuration (task=cube-single)."
         )
     tasks = [OmegaConf.merge(cfg, {"task_id": task_id}) for task_id in cfg.task_ids]
     train, validation = (
@@ -100,20 +100,14 @@ def main(cfg: DictConfig) -> None:
         qvalue = ValueOperator(
             actor.qvalue_network.module.network(k), in_keys=actor.qvalue_network.in_keys
         )
-        evaluator = Evaluator(
-            make_envs(task, device),
-            FlowRejectionActor(
-                actor.policy,
-                qvalue,
-                num_candidates=cfg.eval_num_candidates,
-                chunk_size=cfg.chunk_size,
-                transform=actor.transform,
-            ),
-            num_episodes=cfg.eval_episodes,
-            num_envs=cfg.eval_num_envs,
-            replan_interval=cfg.replan_interval,
-            seed=cfg.eval_seed,
+        acting = FlowRejectionActor(
+            actor.policy,
+            qvalue,
+            num_candidates=cfg.eval_num_candidates,
+            chunk_size=cfg.chunk_size,
+            transform=actor.transform,
         )
+        evaluator = make_evaluator(task, acting, device)
         rates[task.dataset] = evaluator()["success_rate"]
         evaluator.close()
         torchrl_logger.info(f"{task.dataset}: success rate {rates[task.dataset]:.2f}")

@@ -35,6 +35,7 @@ class Walk(EnvBase):
 
     def _reset(self, tensordict=None, **kwargs):
         self.steps = 0
+        self.end = self.length * kwargs.get("options", {}).get("task_id", 1)
         self.at = torch.rand(1, generator=self.generator)
         self.seen.append(self.at.item())
         return TensorDict(
@@ -44,7 +45,7 @@ class Walk(EnvBase):
     def _step(self, tensordict):
         self.steps += 1
         self.at = self.at + tensordict["action"][..., :1]
-        success = self.at >= self.length
+        success = self.at >= self.end
         return TensorDict(
             observation=torch.cat([self.at, torch.tensor([self.steps / 10])]),
             success=success,
@@ -79,7 +80,7 @@ def test_success_return_and_length(num_envs):
     evaluator, _ = make(0.25, num_episodes=5, num_envs=num_envs, seed=3)
     metrics = evaluator()
     rounds = -(-5 // num_envs)
-    starts = [env.seen[-rounds:] for env in evaluator._envs[""].base_env._envs]
+    starts = [env.seen[-rounds:] for env in evaluator._runner._env.base_env._envs]
     starts = [start for group in zip(*starts, strict=True) for start in group][:5]
     lengths = torch.tensor([-(-(1 - start) // 0.25) for start in starts])
     assert metrics["success_rate"] == 1.0
@@ -90,13 +91,38 @@ def test_success_return_and_length(num_envs):
 def test_several_tasks():
     evaluator, _ = make(0.25, num_episodes=4, num_envs=2, seed=3)
     alone = evaluator()
-    evaluator.make_env = {"near": Walk, "far": lambda: Walk(length=3.5)}
+    evaluator.task_ids = [1, 4]
     metrics = evaluator()
-    assert {f"near/{name}" for name in alone} < set(metrics)
-    assert all(metrics[f"near/{name}"] == value for name, value in alone.items())
-    assert metrics["far/success_rate"] == 0.0 and metrics["success_rate"] == 0.5
-    assert metrics["episode_length"] == (metrics["near/episode_length"] + 9) / 2
+    assert {f"task1/{name}" for name in alone} < set(metrics)
+    assert all(metrics[f"task1/{name}"] == value for name, value in alone.items())
+    assert metrics["task4/success_rate"] == 0.0 and metrics["success_rate"] == 0.5
+    assert metrics["episode_length"] == (metrics["task1/episode_length"] + 9) / 2
     assert evaluator() == metrics
+
+
+def random_actor():
+    network = NormedMLP(2 + H * A, H * A, [4])
+    torch.nn.init.constant_(network.layers[-1].bias, 0.4)  # walks, mostly ahead
+    policy = OneStepPolicy(network, H * A)
+    qvalue = ValueOperator(NormedMLP(2 + H * A, 1, [4]), in_keys=["observation", "action"])
+    return FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
+
+
+def test_workers_run_the_same_episodes():
+    actor = random_actor()
+    settings = {"task_ids": [1, 2], "num_episodes": 5, "num_envs": 2, "replan_interval": 2}
+    expected = Evaluator(Walk, actor, **settings)()
+    evaluator = Evaluator(Walk, actor, num_workers=2, **settings)
+    try:
+        running = evaluator.submit()
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter.zero_()  # training goes on: what was submitted is evaluated
+        assert running.result() == expected
+        assert running.done()
+        assert evaluator() != expected
+    finally:
+        evaluator.close()
 
 
 def test_failures_are_counted():
@@ -118,10 +144,7 @@ def test_replanning(interval, asked):
 
 
 def test_repeats_and_leaves_training_alone():
-    policy = OneStepPolicy(NormedMLP(2 + H * A, H * A, [4]), H * A)
-    qvalue = ValueOperator(NormedMLP(2 + H * A, 1, [4]), in_keys=["observation", "action"])
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
-    evaluator = Evaluator(Walk, actor, num_episodes=8, num_envs=4, seed=1)
+    evaluator = Evaluator(Walk, random_actor(), num_episodes=8, num_envs=4, seed=1)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -138,6 +161,7 @@ def test_repeats_and_leaves_training_alone():
     [
         ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
         ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"replan_interval": 0}, "between 1 and the chunk size 4, got 0"),
         ({"replan_interval": 5}, "between 1 and the chunk size 4, got 5"),
     ],

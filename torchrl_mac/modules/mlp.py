@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class NormedMLP(nn.Module):
             approximation; :class:`~torch.nn.ReLU` is a quarter faster to train on a CPU.
         layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
         device (torch.device, optional): the device of the parameters.
+
+    Under :class:`torch.autocast` the last layer is computed in full precision.
 
     Several inputs are concatenated along the last dimension, in the order given. An input with
     more dimensions than the first is flattened to as many: a chunk ``[*, h, A]`` beside an
@@ -106,4 +109,22 @@ class NormedMLP(nn.Module):
                 f"The network takes {self.in_features} numbers, but its inputs of shape {shapes} "
                 f"(observation, goal if there is one, chunk or noise) have {features.shape[-1]}."
             )
-        return self.layers(features)
+        *hidden, last = self.layers
+        for layer in hidden:
+            features = layer(features)
+        with full_precision(features) as features:
+            return last(features)
+
+
+@contextlib.contextmanager
+def full_precision(features: Tensor) -> Iterator[Tensor]:
+    """Features for a last layer, which leaves autocast: its output must resolve small differences.
+
+    Among the values of candidates, say -50.1 and -50.2, bfloat16 sees none.
+    """
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            yield features.float()
+    else:
+        yield features

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
+from torchrl_mac.modules.mlp import NormedMLP, TanhGELU, full_precision
 
 __all__ = ["StackedMLP"]
 
@@ -106,7 +106,8 @@ class StackedMLP(nn.Module):
             features = torch.baddbmm(self.biases[i], features, self.weights[i])
             features = F.layer_norm(self.activation(features), features.shape[-1:], eps=1e-6)
             features = torch.addcmul(shift, features, scale)
-        features = torch.baddbmm(self.biases[-1], features, self.weights[-1])
+        with full_precision(features) as features:
+            features = torch.baddbmm(self.biases[-1], features, self.weights[-1])
         return features.unflatten(1, shape) if shape else features.squeeze(1)
 
     def network(self, index: int) -> NormedMLP:

@@ -1,12 +1,13 @@
 """Training loops: updates, phases, evaluation and what a run leaves behind."""
 
-from torchrl_mac.trainers.evaluation import Evaluator
+from torchrl_mac.trainers.evaluation import Evaluation, Evaluator
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, versions, write_summary, write_video
 from torchrl_mac.trainers.trainer import OfflineTrainer
 from torchrl_mac.trainers.update import LossUpdate
 
 __all__ = [
+    "Evaluation",
     "Evaluator",
     "LossUpdate",
     "OfflineTrainer",

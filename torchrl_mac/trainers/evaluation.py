@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import EnvBase, InitTracker, SerialEnv, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import MultiStepActorWrapper
+from torchrl.envs import EnvBase
 
 from torchrl_mac.modules import FlowRejectionActor
+from torchrl_mac.trainers.episodes import EpisodeRunner
 
-__all__ = ["Evaluator"]
-
-MakeEnv = Callable[[], EnvBase] | Mapping[str, Callable[[], EnvBase]]
-_MAX_STEPS = 10_000  # every OGBench episode is truncated long before
+__all__ = ["Evaluation", "Evaluator"]
 
 
 class Evaluator:
     """Runs seeded episodes of an environment and reports success, return and length.
 
-    Several environments step side by side, so that the actor is asked for a batch at a time. The
-    same seed repeats the same episodes, starts and noise alike, and training's random state is
-    left as it was.
+    Episodes are run in rounds of several environments side by side, so that the actor is asked
+    for a batch at a time. Each round has random numbers of its own, drawn from ``seed``: the same
+    episodes, starts and noise alike, repeat in any number of processes, and training's random
+    state is left as it was.
 
     Args:
-        make_env (callable or dict of callables): builds one environment, which reports
-            ``"success"``. Several, by the name of their task, are evaluated one after the other.
+        make_env (callable): builds one environment, which reports ``"success"``.
         actor (FlowRejectionActor): writes chunks of ``actor.chunk_size`` actions.
 
     Keyword Args:
+        task_ids (sequence of int, optional): tasks to evaluate, one after the other; the
+            environment is told by ``reset(options={"task_id": ...})``. Defaults to its own task.
         num_episodes (int, optional): of each task. Defaults to 50.
         num_envs (int, optional): how many environments step side by side. Defaults to 10.
         replan_interval (int, optional): how many actions of a chunk are executed before the
             actor is asked again, from 1 (as the reference implementation) to ``chunk_size``
             (open loop). Defaults to 1.
+        num_workers (int, optional): how many processes share the rounds, each with ``num_envs``
+            environments and a copy of the actor on the CPU; ``make_env`` and the actor are pickled.
+            Defaults to 0, the calling process.
         seed (int, optional): defaults to 0.
 
     Raises:
-        ValueError: if ``num_episodes``, ``num_envs`` or ``replan_interval`` is out of range.
+        ValueError: if a number is out of range.
 
     Examples:
         >>> from torchrl.modules import ValueOperator
@@ -65,119 +70,141 @@ class Evaluator:
 
     def __init__(
         self,
-        make_env: MakeEnv,
+        make_env: Callable[[], EnvBase],
         actor: FlowRejectionActor,
         *,
+        task_ids: Sequence[int] | None = None,
         num_episodes: int = 50,
         num_envs: int = 10,
         replan_interval: int = 1,
+        num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        for name, value in (("num_episodes", num_episodes), ("num_envs", num_envs)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        chunk_size = actor.chunk_size or 1
-        if not 1 <= replan_interval <= chunk_size:
-            raise ValueError(
-                f"replan_interval must be between 1 and the chunk size {chunk_size}, "
-                f"got {replan_interval}."
-            )
+        for name, value, least in (
+            ("num_episodes", num_episodes, 1),
+            ("num_envs", num_envs, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        self.task_ids = None if task_ids is None else list(task_ids)
         self.num_episodes = num_episodes
         self.num_envs = min(num_envs, num_episodes)
+        self.num_workers = num_workers
         self.seed = seed
-        self.make_env = make_env
-        self.policy = MultiStepActorWrapper(
-            actor,
-            n_steps=chunk_size,
-            action_keys=[actor.action_key],
-            replan_interval=replan_interval,
-        )
-        self._envs: dict[str, EnvBase] = {}
+        self.actor = actor
+        self._runner = EpisodeRunner(make_env, actor, self.num_envs, replan_interval)
+        self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, num_episodes: int | None = None) -> dict[str, float]:
         """Runs all episodes, or the first ``num_episodes`` of them, of each task.
 
         Returns:
             the means ``success_rate``, ``episode_return`` and ``episode_length``; of several tasks
-            those of each, as ``{task}/success_rate``, and their means over the tasks.
+            those of each, as ``task1/success_rate``, and their means over the tasks.
+        """
+        return self.submit(num_episodes).result()
+
+    def submit(self, num_episodes: int | None = None) -> Evaluation:
+        """Begins an evaluation of the actor as it is now.
+
+        With ``num_workers`` it goes on beside whatever this process does next; without, it is
+        finished on return.
         """
         num_episodes = self.num_episodes if num_episodes is None else num_episodes
-        if not isinstance(self.make_env, Mapping):
-            return self._evaluate("", self.make_env, num_episodes)
-        by_task = {
-            task: self._evaluate(task, make_env, num_episodes)
-            for task, make_env in self.make_env.items()
+        seeds = np.random.SeedSequence(self.seed).generate_state(-(-num_episodes // self.num_envs))
+        state = None
+        if self.num_workers:  # a copy: it is sent later, and training goes on
+            state = {key: value.cpu().clone() for key, value in self.actor.state_dict().items()}
+        tasks = {
+            "" if task_id is None else f"task{task_id}/": [
+                self._run(int(seed), task_id, state) for seed in seeds
+            ]
+            for task_id in self.task_ids or [None]
         }
-        names = next(iter(by_task.values()))
-        means = {name: fmean(metrics[name] for metrics in by_task.values()) for name in names}
-        for task, metrics in by_task.items():
-            means.update({f"{task}/{name}": value for name, value in metrics.items()})
-        return means
+        return Evaluation(tasks, num_episodes)
 
-    def record(self, make_env: MakeEnv, num_episodes: int) -> list[torch.Tensor]:
+    def _run(self, seed: int, task_id: int | None, state: dict[str, Any] | None) -> Future:
+        if self.num_workers == 0:
+            future: Future = Future()
+            future.set_result(self._runner.measure(seed, task_id))
+            return future
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.num_workers,
+                mp_context=get_context("spawn"),
+                initializer=_begin_worker,
+                initargs=(self._runner.on_cpu(),),
+            )
+        return self._pool.submit(_measure, seed, task_id, state)
+
+    def record(self, make_env: Callable[[], EnvBase], num_episodes: int) -> list[torch.Tensor]:
         """Runs ``num_episodes`` of each task one by one, in environments that write ``"pixels"``.
 
         Returns:
             for each episode its frames, uint8 ``[T, H, W, 3]``; where the environment writes
             ``"goal_pixels"``, ``[T, H, 2 * W, 3]`` with the goal at the right.
         """
-        tasks = make_env.values() if isinstance(make_env, Mapping) else [make_env]
+        runner = EpisodeRunner(make_env, self.actor, 1, self._runner.replan_interval)
+        seeds = np.random.SeedSequence(self.seed).generate_state(num_episodes).tolist()
         episodes: list[TensorDictBase] = []
-        for make in tasks:
-            env = self._make(make, 1)
-            try:
-                episodes += self._run(env, num_episodes)
-            finally:
-                env.close()
+        try:
+            for task_id in self.task_ids or [None]:
+                for seed in seeds:
+                    episodes += runner.run(seed, task_id)
+        finally:
+            runner.close()
         pictures = [key for key in ("pixels", "goal_pixels") if key in episodes[0].keys()]
         return [torch.cat([episode[key] for key in pictures], 2) for episode in episodes]
 
     def close(self) -> None:
-        """Closes the environments; they are built again when needed."""
-        while self._envs:
-            self._envs.popitem()[1].close()
-
-    def _evaluate(
-        self, task: str, make_env: Callable[[], EnvBase], num_episodes: int
-    ) -> dict[str, float]:
-        if task not in self._envs:
-            self._envs[task] = self._make(make_env, self.num_envs)
-        rounds = -(-num_episodes // self.num_envs)
-        episodes = self._run(self._envs[task], rounds)[:num_episodes]
-        success, total, length = torch.stack(
-            [torch.stack(_summary(episode)) for episode in episodes]
-        ).unbind(-1)
-        return {
-            "success_rate": success.mean().item(),
-            "episode_return": total.mean().item(),
-            "episode_length": length.mean().item(),
-        }
-
-    @staticmethod
-    def _make(make_env: Callable[[], EnvBase], num_envs: int) -> EnvBase:
-        return TransformedEnv(SerialEnv(num_envs, make_env), InitTracker())
-
-    def _run(self, env: EnvBase, rounds: int) -> list[TensorDictBase]:
-        env.set_seed(self.seed)
-        episodes: list[TensorDictBase] = []
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            set_exploration_type(ExplorationType.DETERMINISTIC),
-        ):
-            torch.manual_seed(self.seed)
-            for _ in range(rounds):
-                rollout = env.rollout(_MAX_STEPS, self.policy, break_when_all_done=True)
-                for episode in rollout.unbind(0):
-                    # An environment that is done waits, repeating itself, for the others.
-                    length = int(episode["next", "done"].squeeze(-1).int().argmax()) + 1
-                    episodes.append(episode[:length])
-        return episodes
+        """Closes environments and processes; they are made again when needed."""
+        self._runner.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
-def _summary(episode: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        episode["next", "success"].any().float(),
-        episode["next", "reward"].sum(),
-        torch.tensor(float(len(episode))),
-    )
+class Evaluation:
+    """An evaluation that has begun; :meth:`Evaluator.submit` makes it."""
+
+    def __init__(self, tasks: dict[str, list[Future]], num_episodes: int) -> None:
+        self._tasks = tasks
+        self._num_episodes = num_episodes
+
+    def done(self) -> bool:
+        """Whether :meth:`result` would return at once."""
+        return all(future.done() for futures in self._tasks.values() for future in futures)
+
+    def result(self) -> dict[str, float]:
+        """The metrics of :meth:`Evaluator.__call__`, as soon as they are there."""
+        metrics: dict[str, float] = {}
+        for prefix, rounds in self._tasks.items():
+            episodes = [episode for future in rounds for episode in future.result()]
+            for name, values in zip(
+                ("success_rate", "episode_return", "episode_length"),
+                zip(*episodes[: self._num_episodes], strict=True),
+                strict=True,
+            ):
+                metrics[prefix + name] = fmean(values)
+        if "" in self._tasks:
+            return metrics
+        names = dict.fromkeys(name.split("/")[1] for name in metrics)
+        means = {name: fmean(metrics[prefix + name] for prefix in self._tasks) for name in names}
+        return means | metrics
+
+
+_runner: EpisodeRunner  # of a worker process
+
+
+def _begin_worker(runner: EpisodeRunner) -> None:
+    global _runner
+    torch.set_num_threads(1)
+    _runner = runner
+
+
+def _measure(
+    seed: int, task_id: int | None, state: dict[str, Any]
+) -> list[tuple[float, float, float]]:
+    _runner.actor.load_state_dict(state)
+    return _runner.measure(seed, task_id)
