@@ -19,6 +19,7 @@ from torchrl_mac.modules import (
     OneStepModel,
     OneStepPolicy,
     StackedMLP,
+    TanhGELU,
 )
 
 OBS, H, A = 4, 3, 2
@@ -29,7 +30,7 @@ class TestNormedMLP:
     def test_layers_and_initialisation(self):
         network = NormedMLP(100, 50, [64, 32])
         kinds = [type(layer) for layer in network.layers]
-        hidden = [nn.Linear, nn.GELU, nn.LayerNorm]
+        hidden = [nn.Linear, TanhGELU, nn.LayerNorm]
         assert kinds == [*hidden, *hidden, nn.Linear]
         for layer in network.layers:
             if isinstance(layer, nn.Linear):

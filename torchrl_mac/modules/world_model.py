@@ -5,7 +5,7 @@ from __future__ import annotations
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["ChunkedWorldModel"]
 
@@ -88,20 +88,27 @@ class ChunkedWorldModel(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the prediction for ``tensordict``'s chunk under ``"next"``."""
-        observation, action, *goal = (tensordict.get(key) for key in self.in_keys)
+        return self.predict_outcome(self.predict_state(tensordict))
+
+    def predict_state(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the next observation alone, all that the next step of a rollout needs."""
+        observation, action, *_ = self._inputs(tensordict)
+        following = observation + self.dynamics_network(observation, action)
+        return tensordict.set(self.out_keys[0], following)
+
+    def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes all the rest: reward, termination and done, for any number of steps at once."""
+        observation, action, *goal = self._inputs(tensordict)
         logit = self.termination_network(observation, *goal, action)
         terminated = logit > 0
         if self.negative_reward is None:
             reward = self.reward_network(observation, *goal, action)
         else:
             reward = terminated.to(observation.dtype) - float(self.negative_reward)
-        prediction = (
-            observation + self.dynamics_network(observation, action),
-            reward,
-            terminated,
-            terminated.clone(),
-            logit,
-        )
-        for key, value in zip(self.out_keys, prediction, strict=True):
+        outcome = (reward, terminated, terminated.clone(), logit)
+        for key, value in zip(self.out_keys[1:], outcome, strict=True):
             tensordict.set(key, value)
         return tensordict
+
+    def _inputs(self, tensordict: TensorDictBase) -> list[Tensor]:
+        return [tensordict.get(key) for key in self.in_keys]

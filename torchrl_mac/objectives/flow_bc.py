@@ -13,6 +13,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
 from torchrl_mac.objectives.inputs import GoalKeys
+from torchrl_mac.objectives.precision import autocast_to
 
 __all__ = ["FlowBCLoss"]
 
@@ -37,6 +38,8 @@ class FlowBCLoss(LossModule):
         onestep_policy (OneStepPolicy): its student.
 
     Keyword Args:
+        sampling_dtype (torch.dtype, optional): the flow's own samples, which the student learns
+            from, are drawn under autocast to this dtype. Defaults to none.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch. Defaults to
             ``"mean"``.
 
@@ -99,9 +102,11 @@ class FlowBCLoss(LossModule):
         flow_policy: FlowMatchingPolicy,
         onestep_policy: OneStepPolicy,
         *,
+        sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        self.sampling_dtype = sampling_dtype
         self.convert_to_functional(flow_policy, "flow_policy")
         self.convert_to_functional(onestep_policy, "onestep_policy")
         self.reduction = reduction
@@ -145,7 +150,11 @@ class FlowBCLoss(LossModule):
         noise = tensordict.get(self.tensor_keys.distillation_noise, None)
         if noise is None:
             noise = torch.randn_like(action)
-        with torch.no_grad(), self.flow_policy_params.to_module(self.flow_policy):
+        with (
+            torch.no_grad(),
+            autocast_to(self.sampling_dtype, noise.device),
+            self.flow_policy_params.to_module(self.flow_policy),
+        ):
             target = self.flow_policy(condition, noise)
         with self.onestep_policy_params.to_module(self.onestep_policy):
             sample = self.onestep_policy(condition, noise, clamp=False)

@@ -15,6 +15,7 @@ from torchrl.objectives.utils import dispatch_value_estimator
 
 from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.objectives.inputs import GoalKeys
+from torchrl_mac.objectives.precision import autocast_to
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -55,6 +56,8 @@ class ValueExpansionLoss(LossModule):
             updated with :class:`~torchrl.objectives.SoftUpdate`. Defaults to ``True``.
         ignore_terminated (bool, optional): whether the rollout goes on where the world model says
             that the task has ended, :math:`m = 1` throughout. Defaults to ``False``.
+        sampling_dtype (torch.dtype, optional): rollouts are imagined under autocast to this dtype.
+            Defaults to none.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; the rollout
             is averaged first. Defaults to ``"mean"``.
 
@@ -147,6 +150,7 @@ class ValueExpansionLoss(LossModule):
         chunk_size: int | None = None,
         delay_value: bool = True,
         ignore_terminated: bool = False,
+        sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -162,6 +166,7 @@ class ValueExpansionLoss(LossModule):
         self.chunk_size = chunk_size
         self.delay_value = delay_value
         self.ignore_terminated = ignore_terminated
+        self.sampling_dtype = sampling_dtype
         self.reduction = reduction
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.convert_to_functional(qvalue_network, "qvalue_network")
@@ -220,14 +225,20 @@ class ValueExpansionLoss(LossModule):
         # A tensordict made by dispatch has no batch size: the observation tells it.
         state = TensorDict(state, batch_size=state[self._state_keys[0]].shape[:-1])
         kept = list(state.keys(True, True))
+        # Rewards and ends of a ChunkedWorldModel can wait, and be predicted for all steps at once.
+        in_parts = hasattr(self.world_model, "predict_state")
+        predict = self.world_model.predict_state if in_parts else self.world_model
         steps = []
-        for k in range(imagination_horizon or self.imagination_horizon):
-            if noise is not None:
-                state.set(self.actor_network.noise_key, noise[..., k, :, :])
-            step = self.world_model(self.actor_network(state))
-            steps.append(step)
-            state = step_mdp(step).select(*kept)
-        rollout = torch.stack(steps, -1)
+        with autocast_to(self.sampling_dtype, state.get(self._state_keys[0]).device):
+            for k in range(imagination_horizon or self.imagination_horizon):
+                if noise is not None:
+                    state.set(self.actor_network.noise_key, noise[..., k, :, :])
+                step = predict(self.actor_network(state))
+                steps.append(step)
+                state = step_mdp(step).select(*kept)
+            rollout = torch.stack(steps, -1)
+            if in_parts:
+                rollout = self.world_model.predict_outcome(rollout)
         if self.ignore_terminated:
             for key in (self.tensor_keys.done, self.tensor_keys.terminated):
                 rollout.get(("next", key)).zero_()
@@ -258,8 +269,12 @@ class ValueExpansionLoss(LossModule):
     @torch.no_grad()
     def value_target(self, rollout: TensorDictBase) -> Tensor:
         """The returns ``[*, H, 1]`` that V is regressed on."""
-        with self.target_value_network_params.to_module(self.value_network):
-            next_value = self._value(step_mdp(rollout))
+        following = step_mdp(rollout)
+        with (
+            autocast_to(self.sampling_dtype, following.get(self.value_network.in_keys[0]).device),
+            self.target_value_network_params.to_module(self.value_network),
+        ):
+            next_value = self._value(following)
         return self.value_estimator.value_estimate(rollout, next_value=next_value)
 
     def _value(self, tensordict: TensorDictBase) -> Tensor:

@@ -96,9 +96,7 @@ class LossUpdate:
         for loss in self.losses:
             if hasattr(loss, "sampling_dtype"):
                 loss.sampling_dtype = torch.bfloat16 if precision.startswith("bf16") else None
-        self._terms: Callable = self._sum
-        if compile:
-            self._terms = _Compiled(self._sum)
+        self._forward = _Compiled(self._total) if compile else self._total
         self._update: Callable = self._step
         if cudagraphs:
             self._update = CudaGraphModule(self._step, in_keys=[], out_keys=[])
@@ -107,6 +105,15 @@ class LossUpdate:
         """Makes one update and returns the losses, detached."""
         with _matmul_precision("high" if self.precision == "tf32" else "highest"):
             return self._update(tensordict)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the losses are compiled: asked for, and not failed."""
+        return isinstance(self._forward, _Compiled) and self._forward.is_compiled
+
+    def total(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
+        """The sum that an update minimises, with its graph, and the losses, detached."""
+        return self._forward(tensordict)
 
     def compute(self, tensordict: TensorDictBase) -> TensorDictBase:
         """All losses of a batch, without an update."""
@@ -118,13 +125,13 @@ class LossUpdate:
                 metrics.update(loss(tensordict))
         return metrics
 
-    def _sum(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
+    def _total(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
         metrics = self.compute(tensordict)
         terms = [value for key, value in metrics.items() if key.startswith("loss_")]
         return torch.stack(terms).sum(), metrics.detach()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        total, metrics = self._terms(tensordict)
+        total, metrics = self._forward(tensordict)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.target_updater is not None:
@@ -139,17 +146,17 @@ class _Compiled:
     def __init__(self, function: Callable) -> None:
         self._plain = function
         self._function = torch.compile(function, fullgraph=True, dynamic=False)
+        self.is_compiled = True
 
-    def __call__(self, *args: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
-        try:
-            return self._function(*args)
-        except TorchDynamoException as error:
-            if self._function is self._plain:
-                raise
-            reason = str(error).strip().splitlines()[0]
-            torchrl_logger.warning(f"The update is not compiled and goes on without: {reason}")
-            self._function = self._plain
-            return self._plain(*args)
+    def __call__(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
+        if self.is_compiled:
+            try:
+                return self._function(tensordict)
+            except TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                torchrl_logger.warning(f"The update cannot be compiled, goes on without: {reason}")
+                self.is_compiled = False
+        return self._plain(tensordict)
 
 
 @contextlib.contextmanager

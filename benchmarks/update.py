@@ -1,0 +1,241 @@
+"""What one MAC update costs, and where its time goes.
+
+    python benchmarks/update.py --preset small --json
+    python benchmarks/update.py --preset paper --precision bf16 --compile --repeats 5
+
+All seven losses, backward, Adam and the target network, on random data of cube-single's widths
+(observation 28, chunks of 10 x 5). ``small``: networks of 4 x 256, batch 256, 4 candidates;
+``paper``: 4 x 1024, 1024, 8. Reported are the median time of an update, its floating-point
+operations (matrix products, forward and backward), the share this is of the peak that a plain
+matrix product reaches in the same process and precision, and what its parts take: drawing the
+batch, imagination, losses (without it), backward, optimizer and target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    FlowRejectionActor,
+    NormedMLP,
+    OneStepPolicy,
+)
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
+from torchrl_mac.trainers import LossUpdate
+
+OBSERVATION, ACTION, CHUNK = 28, 5, 10
+
+
+@dataclass
+class Size:
+    """What makes an update large."""
+
+    width: int
+    batch: int
+    candidates: int
+    horizon: int = 10
+    flow_steps: int = 10
+
+
+SIZES = {"small": Size(256, 256, 4), "paper": Size(1024, 1024, 8), "tiny": Size(32, 16, 2, 3, 2)}
+
+
+def make_losses(size: Size, device: torch.device) -> list:
+    """The losses of MAC with the reference implementation's networks."""
+    D, cells = CHUNK * ACTION, [size.width] * 4
+
+    def network(inputs: int, outputs: int) -> NormedMLP:
+        return NormedMLP(inputs, outputs, cells, device=device)
+
+    flow = FlowMatchingPolicy(network(OBSERVATION + D + 1, D), D, size.flow_steps).to(device)
+    policy = OneStepPolicy(network(OBSERVATION + D, D), D).to(device)
+    model = ChunkedWorldModel(*(network(OBSERVATION + D, out) for out in (OBSERVATION, 1, 1)))
+    value = ValueOperator(network(OBSERVATION, 1))
+    qvalue = ValueOperator(network(OBSERVATION + D, 1), in_keys=["observation", "action"])
+    actor = FlowRejectionActor(policy, qvalue, num_candidates=size.candidates, chunk_size=CHUNK)
+    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=size.horizon)
+    values.make_value_estimator(gamma=0.999, lmbda=1.0)
+    return [FlowBCLoss(flow, policy), ChunkedWorldModelLoss(model), values]
+
+
+def make_update(size: Size, device: torch.device, **switches) -> LossUpdate:
+    """An update with Adam and a target network."""
+    losses = make_losses(size, device)
+    parameters = [parameter for loss in losses for parameter in loss.parameters()]
+    capturable = bool(switches.get("cudagraphs"))
+    lr = torch.tensor(3e-4, device=device) if capturable else 3e-4
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=capturable)
+    return LossUpdate(losses, optimizer, SoftUpdate(losses[-1], tau=0.005), **switches)
+
+
+def make_buffer(size: Size, device: torch.device, rows: int = 20_000) -> TensorDictReplayBuffer:
+    """Random episodes of 100 rows, held on the device."""
+    flag = torch.zeros(rows, 1, dtype=torch.bool)
+    columns = TensorDict(
+        observation=torch.randn(rows, OBSERVATION),
+        action=torch.rand(rows, ACTION) * 2 - 1,
+        episode=torch.arange(rows) // 100,
+        next=TensorDict(reward=torch.randn(rows, 1), terminated=flag),
+    )
+    columns.auto_batch_size_(1)
+    return TensorDictReplayBuffer(
+        storage=ActionChunkStorage(columns, gamma=0.999, device=device),
+        sampler=ActionChunkSampler(CHUNK),
+        batch_size=size.batch,
+    )
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products.
+
+    PyTorch's ``FlopCounterMode`` also follows modules, and stumbles over ``TensorDictParams``.
+    """
+
+    flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def median_ms(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """The median time of a call, in milliseconds."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """FLOP per second of a large matrix product in the precision that imagination has."""
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
+    F.linear(a, b)
+    return 2 * n**3 / median_ms(lambda: F.linear(a, b), 9, device) * 1e3
+
+
+def breakdown(update: LossUpdate, buffer, repeats: int, device: torch.device) -> dict[str, float]:
+    """Medians of an update's parts, each timed alone."""
+    batch, values = buffer.sample(), update.losses[-1]
+    imagine = torch.compile(values.imagine) if update.is_compiled else values.imagine
+    graph: list[torch.Tensor] = []
+
+    def backward() -> None:
+        update.optimizer.zero_grad(set_to_none=True)
+        graph.pop().backward()
+
+    def step() -> None:
+        update.target_updater.step()
+        update.optimizer.step()
+
+    parts = {
+        "sample": buffer.sample,
+        "imagine": lambda: imagine(batch),
+        "losses": lambda: graph.append(update.total(batch)[0]),
+        "backward": backward,
+        "optimizer": step,
+    }
+    for call in parts.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, call in parts.items():
+            times[name].append(median_ms(call, 1, device))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians["losses"] -= medians["imagine"]
+    return medians
+
+
+def measure(
+    preset: str, device: torch.device, *, repeats: int, parts: bool = True, **switches
+) -> dict:
+    """All figures of one variant."""
+    torch.manual_seed(0)
+    size = SIZES[preset]
+    buffer = make_buffer(size, device)
+    with FlopCounter() as counter:
+        make_update(size, device)(buffer.sample())
+    flop = counter.flop
+    update = make_update(size, device, **switches)
+    start = time.perf_counter()
+    for _ in range(4 if switches.get("cudagraphs") else 2):
+        update(buffer.sample())
+    warmup = time.perf_counter() - start
+    ms = median_ms(lambda: update(buffer.sample()), repeats, device)
+    peak = matmul_peak(device, switches.get("precision", "fp32"))
+    figures = {
+        "preset": preset,
+        "device": device.type,
+        **switches,
+        "threads": torch.get_num_threads(),
+        "ms": ms,
+        "warmup_seconds": warmup,
+        "tflop": flop / 1e12,
+        "tflop_per_second": flop / ms / 1e9,
+        "matmul_peak_tflop_per_second": peak / 1e12,
+        "share_of_peak": flop / ms * 1e3 / peak,
+    }
+    if parts:
+        switches.pop("cudagraphs", None)
+        update = make_update(size, device, **switches)
+        figures["parts_ms"] = breakdown(update, buffer, repeats, device)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=SIZES, default="small")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cudagraphs", action="store_true")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    figures = measure(
+        args.preset,
+        args.device,
+        repeats=args.repeats,
+        compile=args.compile,
+        cudagraphs=args.cudagraphs,
+        precision=args.precision,
+    )
+    figures |= {"torch": torch.__version__, "machine": platform.machine()}
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()
