@@ -211,7 +211,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SIZES, default="small")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"])
+    parser.add_argument(
+        "--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"]
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cudagraphs", action="store_true")
     parser.add_argument("--device", default="cpu", type=torch.device)

@@ -100,6 +100,8 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
         gamma=cfg.gamma,
         ignore_terminated=cfg.ignore_terminated and not goals,
         negative_reward=cfg.negative_reward,
+        device=device if cfg.data_on_device else "cpu",
+        prefetch=cfg.prefetch or None,
         generator=torch.Generator().manual_seed(cfg.seed),
         **goals,
     )
@@ -232,9 +234,12 @@ def main(cfg: DictConfig) -> None:
         target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
         validation_buffer=make_buffer(cfg, device, "val"),
         evaluate=evaluator,
-        monitor=lambda: evaluator(cfg.eval_interim_episodes),
+        monitor=lambda: evaluator.submit(cfg.eval_interim_episodes),
         loggers=loggers,
         log_interval=cfg.log_interval,
+        compile=cfg.compile,
+        cudagraphs=cfg.cudagraphs,
+        precision=cfg.precision,
     )
     result = trainer.train()
 
@@ -248,6 +253,7 @@ def main(cfg: DictConfig) -> None:
         "transitions": len(buffer),
         "dataset_digest": buffer.digest,
         "replan_interval": cfg.replan_interval,
+        **{name: cfg[name] for name in ("compile", "cudagraphs", "precision")},
     }
     write_summary(output / "summary.json", summary)
     plot_curves(output / "curves.png", csv)

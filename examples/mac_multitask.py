@@ -74,7 +74,13 @@ def main(cfg: DictConfig) -> None:
     csv = CSVLogger("logs", log_dir=str(output))
     csv.log_hparams(OmegaConf.to_container(cfg, resolve=True))
     phases = [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)]
-    settings = {"loggers": [csv], "log_interval": cfg.log_interval}
+    settings = {
+        "loggers": [csv],
+        "log_interval": cfg.log_interval,
+        "compile": cfg.compile,
+        "cudagraphs": cfg.cudagraphs,
+        "precision": cfg.precision,
+    }
     first = OfflineTrainer(
         {name: losses[name] for name in ("behaviour", "world_model")},
         train.buffers[0],
@@ -119,6 +125,7 @@ def main(cfg: DictConfig) -> None:
         "train_seconds": first["train_seconds"] + second["train_seconds"],
         "seed": cfg.seed,
         "dataset_digest": train.buffers[0].digest,
+        **{name: cfg[name] for name in ("compile", "cudagraphs", "precision")},
     }
     write_summary(output / "summary.json", summary)
     plot_curves(output / "curves.png", csv)

@@ -243,6 +243,19 @@ def test_prefetching_changes_nothing(shards, tmp_path):
         assert all(ahead.sample()["index"].equal(index) for index in expected[5:])
 
 
+def test_prefetching_follows_the_batch_size(shards, tmp_path):
+    def make(prefetch):
+        folders = {"root": tmp_path / "root", "source": shards}
+        generator = torch.Generator().manual_seed(1)
+        return OGBenchExperienceReplay(NAME, 4, prefetch=prefetch, generator=generator, **folders)
+
+    plain, ahead = make(None), make(3)
+    for size in (4, 4, 6, 6, 4):
+        batch = ahead.sample(size)
+        assert batch.shape == (size,)
+        assert batch["index"].equal(plain.sample(size)["index"])
+
+
 def test_goal_representations_are_ogbenchs(shards, tmp_path):
     name = f"{NAME[:-3]}-oraclerep-v0"
     buffer = OGBenchExperienceReplay(name, 64, root=tmp_path / "root", source=shards, chunk_size=5)

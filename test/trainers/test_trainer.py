@@ -202,6 +202,37 @@ class TestOfflineTrainer:
         plot_curves(tmp_path / "curves.png", csv)
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
+    def test_evaluations_beside_training_are_logged_for_their_update(self, tmp_path):
+        class Pending:
+            def __init__(self, value):
+                self.value, self.asked = value, 0
+
+            def done(self):
+                self.asked += 1
+                return self.asked > 2
+
+            def result(self):
+                return {"success_rate": self.value}
+
+        begun = iter(range(10))
+        csv = CSVLogger("logs", log_dir=str(tmp_path))
+        trainer = make_trainer(
+            [Phase("p", ["loss_flow"], 6, 8, eval_interval=2)],
+            evaluate=lambda: {"success_rate": 9.0},
+            monitor=lambda: Pending(float(next(begun))),
+            loggers=[csv],
+            log_interval=1,
+        )
+        assert trainer.train()["success_rate"] == 9.0
+        rows = (tmp_path / "logs/scalars/eval/success_rate.csv").read_text().split()
+        assert sorted(rows) == ["2,0.0", "4,1.0", "6,9.0"]
+
+    def test_switches_reach_the_update(self):
+        trainer = make_trainer([Phase("p", ["loss_flow"], 1, 8)], compile={"backend": "eager"})
+        assert trainer.train()["compiled"]
+        with pytest.raises(ValueError, match="precision"):
+            make_trainer([Phase("p", ["loss_flow"], 1, 8)], precision="fp8").train()
+
     def test_checkpoint_round_trip(self, tmp_path):
         trainer = make_trainer([Phase("p", list(TERMS.values()), 2, 8)])
         trainer.train()

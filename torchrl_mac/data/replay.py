@@ -339,6 +339,16 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         """The environment's actions (a chunk holds several)."""
         return Bounded(-1.0, 1.0, (self.metadata["action_dim"],))
 
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """Draws a batch, as any replay buffer."""
+        size = self._batch_size if batch_size is None else batch_size
+        if self._prefetch and size != self._prefetched_size:
+            self.load_state_dict(self.state_dict())  # those ahead have another size: draw them anew
+            self._prefetched_size = size
+        return super().sample(batch_size, return_info)
+
+    _prefetched_size: int | None = None
+
     def state_dict(self) -> dict[str, Any]:
         """The state, without prefetched batches: they are drawn again."""
         state = super().state_dict()

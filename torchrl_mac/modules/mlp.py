@@ -109,11 +109,11 @@ class NormedMLP(nn.Module):
                 f"The network takes {self.in_features} numbers, but its inputs of shape {shapes} "
                 f"(observation, goal if there is one, chunk or noise) have {features.shape[-1]}."
             )
-        *hidden, last = self.layers
-        for layer in hidden:
+        layers = list(self.layers)
+        for layer in layers[:-1]:
             features = layer(features)
         with full_precision(features) as features:
-            return last(features)
+            return layers[-1](features)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.objectives.inputs import GoalKeys
+from torchrl_mac.objectives.inputs import GoalKeys, required
 from torchrl_mac.objectives.precision import autocast_to
 
 __all__ = ["FlowBCLoss"]
@@ -166,7 +166,8 @@ class FlowBCLoss(LossModule):
         condition = torch.cat(
             [*self._conditions.read(tensordict, policy.in_keys[:-1]).values()], -1
         )
-        return condition, tensordict.get(self.tensor_keys.action).flatten(condition.ndim - 1)
+        action = required(tensordict, self.tensor_keys.action)
+        return condition, action.flatten(condition.ndim - 1)
 
     def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         weights = self._maybe_get_priority_weight(tensordict)

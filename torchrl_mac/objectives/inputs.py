@@ -8,7 +8,20 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["GoalKeys"]
+__all__ = ["GoalKeys", "required"]
+
+
+def required(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    """An entry of a loss's input.
+
+    Raises:
+        KeyError: if the input lacks it.
+    """
+    value = tensordict.get(key, None)
+    if value is None:
+        there = sorted(map(str, tensordict.keys(True, True)))
+        raise KeyError(f"The loss needs {key!r}, but the input has {there}.")
+    return value
 
 
 class GoalKeys:
@@ -35,14 +48,10 @@ class GoalKeys:
         values: dict[NestedKey, Tensor] = {}
         for key in dict.fromkeys(keys):
             source = self.source if key == self.goal else key
-            value = tensordict.get(source, None)
-            if value is None and key == self.goal:
+            if key == self.goal and tensordict.get(source, None) is None:
                 raise KeyError(
                     f"The networks read a goal and the input has no {source!r}: give the replay "
                     f"buffer goals={{{source!r}: ...}}, or name another entry with set_keys()."
                 )
-            if value is None:
-                there = sorted(map(str, tensordict.keys()))
-                raise KeyError(f"The networks read {key!r}, but the input has {there}.")
-            values[key] = value
+            values[key] = required(tensordict, source)
         return values

@@ -236,9 +236,9 @@ class ValueExpansionLoss(LossModule):
                 step = predict(self.actor_network(state))
                 steps.append(step)
                 state = step_mdp(step).select(*kept)
-            rollout = torch.stack(steps, -1)
+            rollout: TensorDictBase = torch.stack(steps, -1)
             if in_parts:
-                rollout = self.world_model.predict_outcome(rollout)
+                self.world_model.predict_outcome(rollout)
         if self.ignore_terminated:
             for key in (self.tensor_keys.done, self.tensor_keys.terminated):
                 rollout.get(("next", key)).zero_()
@@ -270,8 +270,9 @@ class ValueExpansionLoss(LossModule):
     def value_target(self, rollout: TensorDictBase) -> Tensor:
         """The returns ``[*, H, 1]`` that V is regressed on."""
         following = step_mdp(rollout)
+        device = rollout.get(self.value_network.in_keys[0]).device
         with (
-            autocast_to(self.sampling_dtype, following.get(self.value_network.in_keys[0]).device),
+            autocast_to(self.sampling_dtype, device),
             self.target_value_network_params.to_module(self.value_network),
         ):
             next_value = self._value(following)

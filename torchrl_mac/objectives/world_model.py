@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import ChunkedWorldModel
-from torchrl_mac.objectives.inputs import GoalKeys
+from torchrl_mac.objectives.inputs import GoalKeys, required
 
 __all__ = ["ChunkedWorldModelLoss"]
 
@@ -120,7 +120,7 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *_ = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             change = self.world_model.dynamics_network(observation, action)
-        truth = tensordict.get(("next", self.tensor_keys.observation))
+        truth = required(tensordict, ("next", self.tensor_keys.observation))
         return self._reduced((observation + change - truth).square(), tensordict)
 
     def reward_loss(self, tensordict: TensorDictBase) -> Tensor:
@@ -128,7 +128,7 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *goal = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             reward = self.world_model.reward_network(observation, *goal, action)
-        truth = tensordict.get(("next", self.tensor_keys.reward))
+        truth = required(tensordict, ("next", self.tensor_keys.reward))
         return self._reduced((reward - truth).square(), tensordict)
 
     def termination_loss(self, tensordict: TensorDictBase) -> Tensor:
@@ -136,7 +136,7 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *goal = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             logit = self.world_model.termination_network(observation, *goal, action)
-        truth = tensordict.get(("next", self.tensor_keys.terminated)).to(logit.dtype)
+        truth = required(tensordict, ("next", self.tensor_keys.terminated)).to(logit.dtype)
         error = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
         return self._reduced(error, tensordict)
 

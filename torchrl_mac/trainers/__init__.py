@@ -4,7 +4,7 @@ from torchrl_mac.trainers.evaluation import Evaluation, Evaluator
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, versions, write_summary, write_video
 from torchrl_mac.trainers.trainer import OfflineTrainer
-from torchrl_mac.trainers.update import LossUpdate
+from torchrl_mac.trainers.update import LossUpdate, Precision
 
 __all__ = [
     "Evaluation",
@@ -12,6 +12,7 @@ __all__ = [
     "LossUpdate",
     "OfflineTrainer",
     "Phase",
+    "Precision",
     "plot_curves",
     "versions",
     "write_summary",

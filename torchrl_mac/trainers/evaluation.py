@@ -87,7 +87,7 @@ class Evaluator:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        self.task_ids = None if task_ids is None else list(task_ids)
+        self.task_ids: list[int | None] = [None] if task_ids is None else list(task_ids)
         self.num_episodes = num_episodes
         self.num_envs = min(num_envs, num_episodes)
         self.num_workers = num_workers
@@ -120,7 +120,7 @@ class Evaluator:
             "" if task_id is None else f"task{task_id}/": [
                 self._run(int(seed), task_id, state) for seed in seeds
             ]
-            for task_id in self.task_ids or [None]
+            for task_id in self.task_ids
         }
         return Evaluation(tasks, num_episodes)
 
@@ -149,7 +149,7 @@ class Evaluator:
         seeds = np.random.SeedSequence(self.seed).generate_state(num_episodes).tolist()
         episodes: list[TensorDictBase] = []
         try:
-            for task_id in self.task_ids or [None]:
+            for task_id in self.task_ids:
                 for seed in seeds:
                     episodes += runner.run(seed, task_id)
         finally:
@@ -204,7 +204,8 @@ def _begin_worker(runner: EpisodeRunner) -> None:
 
 
 def _measure(
-    seed: int, task_id: int | None, state: dict[str, Any]
+    seed: int, task_id: int | None, state: dict[str, Any] | None
 ) -> list[tuple[float, float, float]]:
-    _runner.actor.load_state_dict(state)
+    if state is not None:
+        _runner.actor.load_state_dict(state)
     return _runner.measure(seed, task_id)

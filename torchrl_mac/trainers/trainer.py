@@ -19,6 +19,7 @@ from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from torchrl_mac.modules import FlowRejectionActor
+from torchrl_mac.trainers.evaluation import Evaluation
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.update import LossUpdate
 
@@ -42,10 +43,14 @@ class OfflineTrainer:
         evaluate (callable, optional): returns a dict of metrics, such as an
             :class:`~torchrl_mac.trainers.Evaluator`. Called after the last update.
         monitor (callable, optional): the same, every ``eval_interval`` updates of a phase before
-            that. Usually cheaper. Defaults to ``evaluate``.
+            that. Usually cheaper. May return an :class:`~torchrl_mac.trainers.Evaluation` that goes
+            on beside training; it is logged when it is finished, for the update it was begun at.
+            Defaults to ``evaluate``.
         loggers (sequence of Logger, optional): TorchRL loggers.
         log_interval (int, optional): in updates. Defaults to 1000.
         progress_bar (bool, optional): defaults to ``True``.
+        **switches: ``compile``, ``cudagraphs``, ``precision`` and ``distributed`` of
+            :class:`~torchrl_mac.trainers.LossUpdate`.
 
     Raises:
         ValueError: if a phase names a term that no loss has, or if two losses have the same.
@@ -89,10 +94,11 @@ class OfflineTrainer:
         target_updater: TargetNetUpdater | None = None,
         validation_buffer: ReplayBuffer | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
-        monitor: Callable[[], Mapping[str, float]] | None = None,
+        monitor: Callable[[], Mapping[str, float] | Evaluation] | None = None,
         loggers: Sequence[Logger] = (),
         log_interval: int = 1000,
         progress_bar: bool = True,
+        **switches: Any,
     ) -> None:
         self.losses = dict(losses)
         self.buffer = buffer
@@ -104,7 +110,9 @@ class OfflineTrainer:
         self.loggers = list(loggers)
         self.log_interval = log_interval
         self.progress_bar = progress_bar
+        self.switches = switches
         self.updates = 0
+        self._pending: list[tuple[int, Evaluation]] = []
         self._num_candidates: dict[FlowRejectionActor, int] = {}  # to restore after a phase
         self._check_phases()
 
@@ -129,11 +137,12 @@ class OfflineTrainer:
         """Runs all phases.
 
         Returns:
-            ``updates``, ``train_seconds`` (evaluation excluded) and the last evaluation's
-            metrics.
+            ``updates``, ``train_seconds`` (evaluation excluded), whether all phases were
+            ``compiled``, if they should be, and the last evaluation's metrics.
         """
         bar = tqdm(total=self.num_updates, disable=not self.progress_bar, unit="it")
         metrics: dict[str, float] = {}
+        compiled = True
         clock, seconds = timeit("OfflineTrainer/train"), 0.0
         end = self.updates + self.num_updates
         with bar:
@@ -149,13 +158,19 @@ class OfflineTrainer:
                     last = self.updates == end
                     if self.updates % self.log_interval == 0 or last:
                         self._log_losses(phase, losses, update, bar)
+                        self._log_evaluations(wait=False)
                     if last or (phase.eval_interval and step % phase.eval_interval == 0):
                         seconds += clock.elapsed()
-                        metrics = self._evaluate(self.evaluate if last else self.monitor)
+                        metrics = self._evaluate() if last else self._monitor()
                         clock.start()
                 seconds += clock.elapsed()
+                compiled &= update.is_compiled
                 self._end()
-        return {"updates": self.updates, "train_seconds": seconds, **metrics}
+        self._log_evaluations(wait=True)
+        result = {"updates": self.updates, "train_seconds": seconds, **metrics}
+        if self.switches.get("compile"):
+            result["compiled"] = compiled
+        return result
 
     def _begin(self, phase: Phase) -> tuple[LossUpdate, torch.optim.lr_scheduler.LambdaLR]:
         trained, updater = [], None
@@ -171,9 +186,11 @@ class OfflineTrainer:
                 self._num_candidates[actor] = actor.num_candidates
                 actor.num_candidates = phase.num_candidates
         parameters = [parameter for loss in trained for parameter in loss.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=phase.lr, fused=True)
+        captured = bool(self.switches.get("cudagraphs"))
+        lr = torch.tensor(phase.lr, device=parameters[0].device) if captured else phase.lr
+        optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=captured)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.lr_factor)
-        return LossUpdate(trained, optimizer, updater), schedule
+        return LossUpdate(trained, optimizer, updater, **self.switches), schedule
 
     def _end(self) -> None:
         for loss in self.losses.values():
@@ -198,20 +215,36 @@ class OfflineTrainer:
                 batch = self.validation_buffer.sample(phase.batch_size)
                 for key, value in update.compute(batch).items():
                     values[f"validation/{key}"] = value.item()
-        self._log(values)
+        self._log(values, self.updates)
 
-    def _evaluate(self, evaluate: Callable[[], Mapping[str, float]] | None) -> dict[str, float]:
-        if evaluate is None:
-            return {}
-        metrics = dict(evaluate())
-        self._log({f"eval/{key}": value for key, value in metrics.items()})
-        figures = ", ".join(f"{key} {value:.3g}" for key, value in metrics.items())
-        torchrl_logger.info(f"After {self.updates} updates: {figures}")
+    def _evaluate(self) -> dict[str, float]:
+        metrics = {} if self.evaluate is None else dict(self.evaluate())
+        self._log_metrics(metrics, self.updates)
         return metrics
 
-    def _log(self, values: Mapping[str, float]) -> None:
+    def _monitor(self) -> dict[str, float]:
+        metrics = {} if self.monitor is None else self.monitor()
+        if not isinstance(metrics, Mapping):
+            self._pending.append((self.updates, metrics))
+            self._log_evaluations(wait=False)
+            return {}
+        self._log_metrics(metrics, self.updates)
+        return dict(metrics)
+
+    def _log_evaluations(self, *, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][1].done()):
+            updates, evaluation = self._pending.pop(0)
+            self._log_metrics(evaluation.result(), updates)
+
+    def _log_metrics(self, metrics: Mapping[str, float], updates: int) -> None:
+        if metrics:
+            self._log({f"eval/{key}": value for key, value in metrics.items()}, updates)
+            figures = ", ".join(f"{key} {value:.3g}" for key, value in metrics.items())
+            torchrl_logger.info(f"After {updates} updates: {figures}")
+
+    def _log(self, values: Mapping[str, float], updates: int) -> None:
         for logger in self.loggers:
-            logger.log_metrics(dict(values), step=self.updates)
+            logger.log_metrics(dict(values), step=updates)
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters of all losses, target networks included, and the update count."""

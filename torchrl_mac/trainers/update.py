@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.parallel import DistributedDataParallel
 from torchrl._utils import logger as torchrl_logger
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
@@ -34,9 +36,9 @@ class LossUpdate:
             :class:`~torchrl.objectives.SoftUpdate`.
 
     Keyword Args:
-        compile (bool, optional): whether the losses and their gradients are compiled, as one graph
-            each. Where that fails, a warning says why and the update goes on without. Defaults to
-            ``False``.
+        compile (bool or dict, optional): whether the losses and their gradients are compiled, as
+            one graph each; a dict has keyword arguments of :func:`torch.compile`. Where that
+            fails, a warning says why and the update goes on without. Defaults to ``False``.
         cudagraphs (bool, optional): whether the whole update is captured in a CUDA graph at its
             third call. The optimizer must be ``capturable`` and batches must keep their shapes.
             Defaults to ``False``.
@@ -45,10 +47,14 @@ class LossUpdate:
             with a ``sampling_dtype``); or ``"bf16-mixed"``, for all but the networks' last layers
             and the losses. Parameters, gradients and the optimizer's state are always float32.
             Defaults to ``"fp32"``.
+        distributed (bool, optional): whether gradients are averaged over the processes of
+            :mod:`torch.distributed`'s default group, each with a batch of its own
+            (:class:`~torch.nn.parallel.DistributedDataParallel`, which also makes all processes
+            begin with the first one's parameters). Defaults to ``False``.
 
     Raises:
-        ValueError: if ``precision`` is unknown, or ``cudagraphs`` comes with an optimizer that is
-            not capturable.
+        ValueError: if ``precision`` is unknown, or ``cudagraphs`` comes with ``distributed`` or
+            with an optimizer that is not capturable.
 
     Examples:
         >>> import torch
@@ -78,12 +84,15 @@ class LossUpdate:
         optimizer: torch.optim.Optimizer,
         target_updater: TargetNetUpdater | None = None,
         *,
-        compile: bool = False,
+        compile: bool | dict[str, Any] = False,
         cudagraphs: bool = False,
         precision: Precision = "fp32",
+        distributed: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}.")
+        if cudagraphs and distributed:
+            raise ValueError("cudagraphs=True and distributed=True do not go together.")
         if cudagraphs and not optimizer.defaults.get("capturable"):
             raise ValueError(
                 "cudagraphs=True needs an optimizer that can be captured, such as "
@@ -96,7 +105,18 @@ class LossUpdate:
         for loss in self.losses:
             if hasattr(loss, "sampling_dtype"):
                 loss.sampling_dtype = torch.bfloat16 if precision.startswith("bf16") else None
-        self._forward = _Compiled(self._total) if compile else self._total
+        self._compiled = None
+        if compile:
+            self._compiled = _Compiled(
+                self._total, **(compile if isinstance(compile, dict) else {})
+            )
+        self._forward: Callable = self._compiled or self._total
+        if distributed:
+            self._forward = DistributedDataParallel(
+                _Module(self.losses, self._forward),
+                broadcast_buffers=False,
+                find_unused_parameters=True,  # those of terms that are not selected
+            )
         self._update: Callable = self._step
         if cudagraphs:
             self._update = CudaGraphModule(self._step, in_keys=[], out_keys=[])
@@ -109,7 +129,7 @@ class LossUpdate:
     @property
     def is_compiled(self) -> bool:
         """Whether the losses are compiled: asked for, and not failed."""
-        return isinstance(self._forward, _Compiled) and self._forward.is_compiled
+        return self._compiled is not None and self._compiled.is_active
 
     def total(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
         """The sum that an update minimises, with its graph, and the losses, detached."""
@@ -143,24 +163,43 @@ class LossUpdate:
 class _Compiled:
     """A function compiled as one graph or, where that fails, as it is."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable, **kwargs: Any) -> None:
         self._plain = function
-        self._function = torch.compile(function, fullgraph=True, dynamic=False)
-        self.is_compiled = True
+        self._function = torch.compile(function, **{"fullgraph": True, "dynamic": False, **kwargs})
+        self._is_first = True
+        self.is_active = True
 
     def __call__(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
-        if self.is_compiled:
+        if self._is_first:
+            # Errors of the batch show as they are, and TensorDict settles of which kind target
+            # parameters are: both would otherwise cost a second compilation.
+            self._is_first = False
+            with torch.no_grad(), torch.random.fork_rng():
+                self._plain(tensordict)
+        if self.is_active:
             try:
                 return self._function(tensordict)
             except TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).split("\n")[:2])
                 torchrl_logger.warning(f"The update cannot be compiled, goes on without: {reason}")
-                self.is_compiled = False
+                self.is_active = False
         return self._plain(tensordict)
 
 
+class _Module(nn.Module):
+    """The losses as the one module that DistributedDataParallel wants."""
+
+    def __init__(self, losses: Sequence[LossModule], function: Callable) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+        self.function = function
+
+    def forward(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
+        return self.function(tensordict)
+
+
 @contextlib.contextmanager
-def _matmul_precision(precision: str):
+def _matmul_precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
