@@ -10,7 +10,8 @@ extras = {
     "hdf5": ["h5py>=3.8"],
     "train": ["hydra-core>=1.3,<1.4", "matplotlib>=3.8", "wandb>=0.18"],
     "video": ["av>=12"],
-    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"],
+    "sweep": ["hydra-joblib-launcher>=1.2", "hydra-submitit-launcher>=1.2"],
+    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],
     "lint": ["codespell>=2.3", "mypy>=1.11", "ruff>=0.6"],
 }
 extras["dev"] = sorted({dep for group in extras.values() for dep in group})

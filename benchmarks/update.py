@@ -14,10 +14,13 @@ batch, imagination, losses (without it), backward, optimizer and target.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +32,9 @@ from torch.utils.flop_counter import flop_registry
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
+
+if importlib.util.find_spec("tqdm") is None:  # a bare machine: there are no progress bars here
+    sys.modules["tqdm"] = types.SimpleNamespace(tqdm=None)
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
 from torchrl_mac.modules import (

@@ -29,6 +29,7 @@ from torchrl.envs import Compose, DeviceCastTransform, RewardScaling
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger, WandbLogger
+from torchrl.record.loggers import Logger
 
 from torchrl_mac.data import NUM_TASKS, GoalDistribution, OGBenchExperienceReplay, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
@@ -46,6 +47,7 @@ from torchrl_mac.trainers import (
     Evaluator,
     OfflineTrainer,
     Phase,
+    join_group,
     plot_curves,
     write_summary,
     write_video,
@@ -86,13 +88,16 @@ def make_evaluator(cfg: DictConfig, actor: FlowRejectionActor, device: torch.dev
     )
 
 
-def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExperienceReplay:
+def make_buffer(
+    cfg: DictConfig, device: torch.device, split: str, rank: int = 0
+) -> OGBenchExperienceReplay:
     """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}) and goals, if any, normalised."""
     goals = {}
     if is_goal_conditioned(cfg):
         goals = {"goals": {key: GoalDistribution(**of) for key, of in cfg.goals.items()}}
     buffer = OGBenchExperienceReplay(
         cfg.dataset,
+        cfg.phases[0].batch_size,
         root=cfg.root,
         source=cfg.data_dir,
         split=split,
@@ -102,7 +107,7 @@ def make_buffer(cfg: DictConfig, device: torch.device, split: str) -> OGBenchExp
         negative_reward=cfg.negative_reward,
         device=device if cfg.data_on_device else "cpu",
         prefetch=cfg.prefetch or None,
-        generator=torch.Generator().manual_seed(cfg.seed),
+        generator=torch.Generator().manual_seed(cfg.seed + 2**32 * rank),
         **goals,
     )
     buffer.append_transform(buffer.observation_norm())
@@ -199,26 +204,9 @@ def make_losses(
     return losses, acting
 
 
-def begin(cfg: DictConfig) -> tuple[torch.device, Path]:
-    """Seeds the run; its device, and the folder for what it leaves behind."""
-    torch.manual_seed(cfg.seed)
-    if cfg.num_threads:
-        torch.set_num_threads(cfg.num_threads)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    output = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
-    return device, output
-
-
-@hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
-    device, output = begin(cfg)
-
-    buffer = make_buffer(cfg, device, "train")
-    losses, actor = make_losses(cfg, buffer, device)
-    evaluator = make_evaluator(cfg, actor, device)
-    csv = CSVLogger("logs", log_dir=str(output))
-    loggers = [csv]
+def make_loggers(cfg: DictConfig, output: Path) -> list[Logger]:
+    """CSV files and, if wanted, Weights & Biases."""
+    loggers = [CSVLogger("logs", log_dir=str(output))]
     if cfg.wandb != "disabled":
         offline = cfg.wandb == "offline"
         loggers.append(
@@ -226,6 +214,30 @@ def main(cfg: DictConfig) -> None:
         )
     for logger in loggers:
         logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
+    return loggers
+
+
+def begin(cfg: DictConfig) -> tuple[int, torch.device, Path]:
+    """Seeds the run; which of its processes this is, its device, and the folder for results."""
+    rank, device = join_group(cfg.device)
+    torch.manual_seed(cfg.seed)
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    return rank, device, Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+
+
+@hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
+    rank, device, output = begin(cfg)
+    first = rank == 0  # of the processes of torchrun: only the first one evaluates and writes
+
+    buffer = make_buffer(cfg, device, "train", rank)
+    losses, actor = make_losses(cfg, buffer, device)
+    if not first:  # parameters are those of the first; noise is each one's own
+        torch.manual_seed(cfg.seed + 2**32 * rank)
+    evaluator = make_evaluator(cfg, actor, device)
+    loggers = make_loggers(cfg, output) if first else []
 
     trainer = OfflineTrainer(
         losses,
@@ -233,15 +245,19 @@ def main(cfg: DictConfig) -> None:
         [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)],
         target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
         validation_buffer=make_buffer(cfg, device, "val"),
-        evaluate=evaluator,
-        monitor=lambda: evaluator.submit(cfg.eval_interim_episodes),
+        evaluate=evaluator if first else None,
+        monitor=partial(evaluator.submit, cfg.eval_interim_episodes) if first else None,
         loggers=loggers,
         log_interval=cfg.log_interval,
+        progress_bar=first,
         compile=cfg.compile,
         cudagraphs=cfg.cudagraphs,
         precision=cfg.precision,
+        distributed=torch.distributed.is_initialized(),
     )
     result = trainer.train()
+    if not first:
+        return
 
     trainer.save(output / "checkpoint.pt", actor=actor)
     summary = {
@@ -256,7 +272,7 @@ def main(cfg: DictConfig) -> None:
         **{name: cfg[name] for name in ("compile", "cudagraphs", "precision")},
     }
     write_summary(output / "summary.json", summary)
-    plot_curves(output / "curves.png", csv)
+    plot_curves(output / "curves.png", loggers[0])
     if cfg.video_episodes:
         try:
             make_env = partial(OGBenchEnv, cfg.dataset, device=device, from_pixels=True)

@@ -59,7 +59,7 @@ def select(phases: list[Phase], terms: set[str], batch_scale: float = 1.0) -> li
 @hydra.main(config_path="../configs", config_name="mac_multitask", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates each task, and leaves summary.json and curves.png behind."""
-    device, output = begin(cfg)
+    _, device, output = begin(cfg)
     if is_goal_conditioned(cfg):
         raise ValueError(
             f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "

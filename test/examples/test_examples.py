@@ -33,9 +33,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data, output, *overrides, example="mac"):
+def run(data, output, *overrides, example="mac", launcher=()):
     command = [
-        *(sys.executable, ROOT / f"examples/{example}.py", "preset=cpu", f"data_dir={data}"),
+        *(sys.executable, *launcher, ROOT / f"examples/{example}.py"),
+        *("preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
         *(
             "dynamics_cells=[16,16]",
@@ -108,6 +109,31 @@ def test_several_tasks_at_once(data, tmp_path):
     assert list(summary["success_rates"]) == names
     assert summary["updates"] == 20  # of what all tasks share, then of each task's own
     assert summary["train_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes(data, tmp_path):
+    phase = "{{name: {}, losses: [{}], num_updates: 5, batch_size: 8}}"
+    phases = [phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    overrides = [f"phases=[{','.join(phases)}]", "device=cpu", "replan_interval=10"]
+    result = run(data, tmp_path / "run", *overrides, launcher=launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["updates"] == 10
+    assert len(list((tmp_path / "run/logs/scalars/train").glob("*.csv"))) == len(TERMS)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_seeds_in_parallel(data, tmp_path):
+    phase = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
+    sweep = ["--multirun", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    overrides = [f"phases=[{phase}]", "replan_interval=10", f"hydra.sweep.dir={tmp_path}/sweep"]
+    result = run(data, tmp_path / "unused", *overrides, *sweep)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summaries = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/summary.json")]
+    assert sorted(summary["seed"] for summary in summaries) == [0, 1]
+    assert all(summary["updates"] == 10 for summary in summaries)
 
 
 @pytest.mark.slow

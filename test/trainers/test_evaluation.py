@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -8,6 +10,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.modules import ValueOperator
 
+from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
 from torchrl_mac.trainers import Evaluator
 
@@ -123,6 +126,33 @@ def test_workers_run_the_same_episodes():
         assert evaluator() != expected
     finally:
         evaluator.close()
+
+
+@pytest.mark.slow
+def test_five_tasks_of_ogbench_repeat_exactly():
+    policy = OneStepPolicy(
+        NormedMLP(2 + 2 + H * A, H * A, [4]), H * A, in_keys=["observation", "goal", "noise"]
+    )
+    qvalue = ValueOperator(
+        NormedMLP(2 + 2 + H * A, 1, [4]), in_keys=["observation", "goal", "action"]
+    )
+    actor = FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
+    make_env = partial(
+        OGBenchEnv, "pointmaze-medium-navigate-oraclerep-v0", env_kwargs={"max_episode_steps": 30}
+    )
+    settings = {"task_ids": range(1, 6), "num_episodes": 3, "num_envs": 2, "replan_interval": H}
+    starts = {}
+    evaluator = Evaluator(make_env, actor, **settings)
+    for task_id in settings["task_ids"]:
+        episodes = evaluator._runner.run(0, task_id)
+        starts[task_id] = episodes[0]["goal"][0]
+        assert not torch.equal(episodes[0]["observation"][0], episodes[1]["observation"][0])
+    assert torch.stack(list(starts.values())).unique(dim=0).shape[0] == 5  # five goals
+    metrics = evaluator()
+    assert [f"task{k}/success_rate" in metrics for k in range(1, 6)] == [True] * 5
+    assert evaluator() == metrics
+    assert Evaluator(make_env, actor, **settings)() == metrics
+    evaluator.close()
 
 
 def test_failures_are_counted():

@@ -1,0 +1,80 @@
+"""The benchmark scripts run, in small, and say what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+BARE = """
+import importlib.abc, runpy, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tqdm", "mujoco", "ogbench", "gymnasium", "hydra", "wandb"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*command):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(part) for part in (sys.executable, *command)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_update():
+    arguments = ["--preset", "tiny", "--precision", "bf16", "--repeats", "2", "--json"]
+    report = json.loads(run(FOLDER / "update.py", *arguments))
+    assert report["precision"] == "bf16" and report["ms"] > 0
+    assert set(report["parts_ms"]) == {"sample", "imagine", "losses", "backward", "optimizer"}
+    assert 0 < report["share_of_peak"] < 1
+    # all matrix products of the seven losses, counted by hand
+    W, B, N, H, F = 32, 16, 2, 3, 2
+    S, D = 28, 50
+
+    def products(inputs, outputs):
+        return inputs * W + 3 * W * W + W * outputs
+
+    def trained(inputs, outputs):  # forward, and backward but for the input of the first layer
+        return 3 * products(inputs, outputs) - inputs * W
+
+    flow, policy, one = products(S + D + 1, D), products(S + D, D), products(S + D, 1)
+    imagined = H * (N * (policy + one) + products(S + D, S) + 2 * one)
+    total = trained(S + D + 1, D) + F * flow + trained(S + D, D)  # the flow and its student
+    total += trained(S + D, S) + 2 * trained(S + D, 1)  # the world model
+    total += imagined + H * products(S, 1) + products(S, 1)  # rollouts, targets of V and of Q
+    total += H * trained(S, 1) + trained(S + D, 1)
+    assert report["tflop"] * 1e12 == pytest.approx(2 * B * total, rel=1e-4)  # returns apart
+
+
+@pytest.mark.slow
+def test_pipeline():
+    arguments = ["--rows", "20000", "--preset", "tiny", "--updates", "3", "--json"]
+    plain, ahead = json.loads(run(FOLDER / "pipeline.py", *arguments))
+    assert (plain["prefetch"], ahead["prefetch"]) == (0, 1)
+    assert all(0 < row["waiting_share"] < 1 for row in (plain, ahead))
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_bare_cpu_machine(tmp_path):
+    output = run("-c", BARE, FOLDER / "gpu.py", "--device", "cpu", "--quick", "--out", tmp_path)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(report["variants"]) == 4 and not report["skipped"]
+    assert all(row["agrees"] for row in report["variants"])
+    assert (tmp_path / "gpu.md").read_text() in output
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
