@@ -33,9 +33,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data, output, *overrides, example="mac", launcher=()):
+def run(data, output, *overrides, example="mac", launcher=(), flags=()):
     command = [
-        *(sys.executable, *launcher, ROOT / f"examples/{example}.py"),
+        *(sys.executable, *launcher, ROOT / f"examples/{example}.py", *flags),
         *("preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
         *(
@@ -87,15 +87,19 @@ def test_one_agent_for_all_tasks(tmp_path):
         workers=1,
         progress=False,
     )
-    phase = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 20, batch_size: 8}}"
+    settings = "num_updates: 20, batch_size: 8, eval_interval: 10"
+    phase = f"{{name: joint, losses: [{','.join(TERMS)}], {settings}}}"
     task = "task=pointmaze-medium-oraclerep"
-    overrides = (f"phases=[{phase}]", task, "eval_episodes=1", "replan_interval=10")
+    evaluation = ("eval_episodes=1", "replan_interval=10", "eval_workers=1")
+    overrides = (f"phases=[{phase}]", task, *evaluation)
     result = run(tmp_path, tmp_path / "run", *overrides)
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     rates = [summary[f"task{k}/success_rate"] for k in range(1, 6)]
     assert summary["success_rate"] == pytest.approx(sum(rates) / 5)
     assert summary["updates"] == 20
+    rows = (tmp_path / "run/logs/scalars/eval/success_rate.csv").read_text().splitlines()
+    assert sorted(int(row.split(",")[0]) for row in rows) == [10, 20]
 
 
 @pytest.mark.slow
@@ -127,9 +131,9 @@ def test_two_processes(data, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_over_seeds_in_parallel(data, tmp_path):
     phase = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
-    sweep = ["--multirun", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    sweep = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
     overrides = [f"phases=[{phase}]", "replan_interval=10", f"hydra.sweep.dir={tmp_path}/sweep"]
-    result = run(data, tmp_path / "unused", *overrides, *sweep)
+    result = run(data, tmp_path / "unused", *overrides, *sweep, flags=["--multirun"])
     assert result.returncode == 0, result.stderr[-3000:]
     summaries = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/summary.json")]
     assert sorted(summary["seed"] for summary in summaries) == [0, 1]
