@@ -14,7 +14,6 @@ batch, imagination, losses (without it), backward, optimizer and target.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
@@ -33,8 +32,11 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-if importlib.util.find_spec("tqdm") is None:  # a bare machine: there are no progress bars here
-    sys.modules["tqdm"] = types.SimpleNamespace(tqdm=None)
+try:
+    import tqdm  # noqa: F401
+except ImportError:  # a bare machine: there are no progress bars here
+    sys.modules["tqdm"] = types.ModuleType("tqdm")
+    sys.modules["tqdm"].tqdm = sys.modules["tqdm"].__spec__ = object()
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
 from torchrl_mac.modules import (
@@ -199,6 +201,7 @@ def measure(
         "preset": preset,
         "device": device.type,
         **switches,
+        "compiled": update.is_compiled,
         "threads": torch.get_num_threads(),
         "ms": ms,
         "warmup_seconds": warmup,

@@ -12,15 +12,15 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 BARE = """
-import importlib.abc, runpy, sys
+import importlib.machinery, pathlib, runpy, sys
 
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"tqdm", "mujoco", "ogbench", "gymnasium", "hydra", "wandb"}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing())
+missing = {"tqdm", "mujoco", "ogbench", "gymnasium", "hydra", "wandb"}
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *args: None if name.split(".")[0] in missing else find(name, *args)
+)
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
