@@ -63,7 +63,7 @@ class Size:
     flow_steps: int = 10
 
 
-SIZES = {"small": Size(256, 256, 4), "paper": Size(1024, 1024, 8), "tiny": Size(32, 16, 2, 3, 2)}
+SIZES = {"small": Size(256, 256, 4), "paper": Size(1024, 1024, 8), "tiny": Size(32, 16, 2, 2, 1)}
 
 
 def make_losses(size: Size, device: torch.device) -> list:
