@@ -53,6 +53,8 @@ from torchrl_mac.trainers import (
     write_video,
 )
 
+SWITCHES = ("compile", "cudagraphs", "precision")  # of every update
+
 
 def is_goal_conditioned(cfg: DictConfig) -> bool:
     """Whether one agent learns all tasks of the environment, told which by a goal."""
@@ -97,7 +99,7 @@ def make_buffer(
         goals = {"goals": {key: GoalDistribution(**of) for key, of in cfg.goals.items()}}
     buffer = OGBenchExperienceReplay(
         cfg.dataset,
-        cfg.phases[0].batch_size,
+        cfg.phases[0].batch_size if cfg.prefetch else None,  # what is drawn ahead at first
         root=cfg.root,
         source=cfg.data_dir,
         split=split,
@@ -250,9 +252,7 @@ def main(cfg: DictConfig) -> None:
         loggers=loggers,
         log_interval=cfg.log_interval,
         progress_bar=first,
-        compile=cfg.compile,
-        cudagraphs=cfg.cudagraphs,
-        precision=cfg.precision,
+        **{name: cfg[name] for name in SWITCHES},
         distributed=torch.distributed.is_initialized(),
     )
     result = trainer.train()
@@ -269,7 +269,7 @@ def main(cfg: DictConfig) -> None:
         "transitions": len(buffer),
         "dataset_digest": buffer.digest,
         "replan_interval": cfg.replan_interval,
-        **{name: cfg[name] for name in ("compile", "cudagraphs", "precision")},
+        **{name: cfg[name] for name in SWITCHES},
     }
     write_summary(output / "summary.json", summary)
     plot_curves(output / "curves.png", loggers[0])

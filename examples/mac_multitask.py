@@ -15,7 +15,7 @@ from statistics import fmean
 
 import hydra
 import torch
-from mac import begin, is_goal_conditioned, make_buffer, make_evaluator, make_losses
+from mac import SWITCHES, begin, is_goal_conditioned, make_buffer, make_evaluator, make_losses
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
@@ -65,6 +65,8 @@ def main(cfg: DictConfig) -> None:
             f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "
             "each task has its own: choose a single-task configuration (task=cube-single)."
         )
+    if torch.distributed.is_initialized():
+        raise ValueError("mac_multitask.py trains in one process: start it without torchrun.")
     tasks = [OmegaConf.merge(cfg, {"task_id": task_id}) for task_id in cfg.task_ids]
     train, validation = (
         TaskBuffers([make_buffer(task, device, split) for task in tasks])
@@ -77,9 +79,7 @@ def main(cfg: DictConfig) -> None:
     settings = {
         "loggers": [csv],
         "log_interval": cfg.log_interval,
-        "compile": cfg.compile,
-        "cudagraphs": cfg.cudagraphs,
-        "precision": cfg.precision,
+        **{name: cfg[name] for name in SWITCHES},
     }
     first = OfflineTrainer(
         {name: losses[name] for name in ("behaviour", "world_model")},
@@ -125,7 +125,7 @@ def main(cfg: DictConfig) -> None:
         "train_seconds": first["train_seconds"] + second["train_seconds"],
         "seed": cfg.seed,
         "dataset_digest": train.buffers[0].digest,
-        **{name: cfg[name] for name in ("compile", "cudagraphs", "precision")},
+        **{name: cfg[name] for name in SWITCHES},
     }
     write_summary(output / "summary.json", summary)
     plot_curves(output / "curves.png", csv)

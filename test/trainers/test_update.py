@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ D = H * A
 EAGER = {"backend": "aot_eager"}  # one graph and its gradient, without generated code
 
 
-def make_update(width=16, lr=1e-2, **switches):
+def make_update(width=16, **switches):
     torch.manual_seed(0)
 
     def network(inputs, outputs):
@@ -40,7 +41,7 @@ def make_update(width=16, lr=1e-2, **switches):
     values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=K)
     losses = [FlowBCLoss(flow, policy), ChunkedWorldModelLoss(model), values]
     parameters = [p for loss in losses for p in loss.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
     return LossUpdate(losses, optimizer, SoftUpdate(values, tau=0.1), **switches)
 
 
@@ -91,7 +92,7 @@ def test_compiled_equals_eager_and_compiles_once():
     torch.testing.assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-4)
 
 
-def test_a_failed_compile_falls_back_with_one_warning(caplog, monkeypatch):
+def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -197,8 +198,6 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path, compile):
 
 
 def _free_port():
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -40,7 +40,7 @@ class LossUpdate:
             one graph each; a dict has keyword arguments of :func:`torch.compile`. Where that
             fails, a warning says why and the update goes on without. Defaults to ``False``.
         cudagraphs (bool, optional): whether the whole update is captured in a CUDA graph at its
-            third call. The optimizer must be ``capturable`` and batches must keep their shapes.
+            second call. The optimizer must be ``capturable`` and batches must keep their shapes.
             Defaults to ``False``.
         precision (str, optional): ``"fp32"``; ``"tf32"``, where matrix products are; ``"bf16"``,
             for what no gradient goes through (imagination and the samples of a teacher; losses
@@ -102,9 +102,10 @@ class LossUpdate:
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.precision = precision
-        for loss in self.losses:
-            if hasattr(loss, "sampling_dtype"):
-                loss.sampling_dtype = torch.bfloat16 if precision.startswith("bf16") else None
+        if precision.startswith("bf16"):
+            for loss in self.losses:
+                if hasattr(loss, "sampling_dtype"):
+                    loss.sampling_dtype = torch.bfloat16
         self._compiled = None
         if compile:
             self._compiled = _Compiled(
