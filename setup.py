@@ -32,11 +32,17 @@ setup(
         "mujoco>=3.1.6",
         "numpy>=1.26",
         "ogbench>=1.2,<1.3",
+        "safetensors>=0.4.5",
         "tensordict>=0.14.3,<0.15",
         "torch>=2.8",
         "torchrl>=0.14.1,<0.15",
         "tqdm>=4.60",
     ],
     extras_require=extras,
-    entry_points={"console_scripts": ["torchrl-mac-data=torchrl_mac.data.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "torchrl-mac-data=torchrl_mac.data.cli:main",
+            "torchrl-mac-eval=torchrl_mac.trainers.cli:main",
+        ]
+    },
 )

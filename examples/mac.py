@@ -12,11 +12,13 @@ Every setting is in configs/. The dataset must be in `data_dir`:
 from __future__ import annotations
 
 import ctypes.util
+import math
 import os
 
 if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL
     os.environ.setdefault("MUJOCO_GL", "egl")
 
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -41,19 +43,26 @@ from torchrl_mac.modules import (
     OneStepPolicy,
     StackedMLP,
     TanhGELU,
+    save_policy,
 )
 from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 from torchrl_mac.trainers import (
     Evaluator,
     OfflineTrainer,
     Phase,
+    RunCheckpoints,
+    RunFolder,
     join_group,
     plot_curves,
     write_summary,
     write_video,
 )
 
-SWITCHES = ("compile", "cudagraphs", "precision")  # of every update
+SWITCHES = ("compile", "cudagraphs", "precision", "max_grad_norm")  # of every update
+FIXED = (  # what a run cannot go on without
+    *("dataset", "dataset_digest", "task_ids", "seed", "chunk_size", "average_rewards"),
+    *("activation", "policy_cells", "dynamics_cells", "head_cells", "value_cells"),
+)
 
 
 def is_goal_conditioned(cfg: DictConfig) -> bool:
@@ -85,6 +94,7 @@ def make_evaluator(cfg: DictConfig, actor: FlowRejectionActor, device: torch.dev
         num_episodes=cfg.eval_episodes,
         num_envs=cfg.eval_num_envs,
         num_workers=cfg.eval_workers,
+        timeout=cfg.eval_timeout,
         replan_interval=cfg.replan_interval,
         seed=cfg.eval_seed,
     )
@@ -206,17 +216,41 @@ def make_losses(
     return losses, acting
 
 
-def make_loggers(cfg: DictConfig, output: Path) -> list[Logger]:
+def make_loggers(cfg: DictConfig, run: RunFolder) -> list[Logger]:
     """CSV files and, if wanted, Weights & Biases."""
-    loggers = [CSVLogger("logs", log_dir=str(output))]
+    loggers: list[Logger] = [CSVLogger("logs", log_dir=str(run.path))]
     if cfg.wandb != "disabled":
         offline = cfg.wandb == "offline"
-        loggers.append(
-            WandbLogger(output.name, offline=offline, save_dir=str(output), project=cfg.project)
-        )
+        settings = {"save_dir": str(run.path), "project": cfg.project, "id": run.id}
+        loggers.append(WandbLogger(run.path.name, offline=offline, **settings))
     for logger in loggers:
         logger.log_hparams(OmegaConf.to_container(cfg, resolve=True))
     return loggers
+
+
+def make_checkpoints(
+    cfg: DictConfig,
+    folder: Path,
+    buffer: OGBenchExperienceReplay,
+    actor: FlowRejectionActor | None = None,
+) -> RunCheckpoints:
+    """Where the run's state is saved; processes of torchrun must agree, so not by the clock."""
+    alone = not torch.distributed.is_initialized()
+    return RunCheckpoints(
+        folder,
+        actor=actor,
+        config={**settings_of(cfg), "dataset_digest": buffer.digest},
+        fixed=FIXED,
+        keep_last=cfg.keep_checkpoints,
+        interval=cfg.checkpoint_interval,
+        interval_seconds=cfg.checkpoint_seconds if alone else math.inf,
+    )
+
+
+def settings_of(cfg: DictConfig) -> dict:
+    """The settings as plain values, without what only says how to go on."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in settings.items() if key != "resume"}
 
 
 def begin(cfg: DictConfig) -> tuple[int, torch.device, Path]:
@@ -230,36 +264,56 @@ def begin(cfg: DictConfig) -> tuple[int, torch.device, Path]:
 
 @hydra.main(config_path="../configs", config_name="mac", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Trains, evaluates, and leaves summary.json, curves.png and evaluation.mp4 behind."""
+    """Trains, evaluates and reports; the same command goes on where it was interrupted."""
     rank, device, output = begin(cfg)
     first = rank == 0  # of the processes of torchrun: only the first one evaluates and writes
 
-    buffer = make_buffer(cfg, device, "train", rank)
-    losses, actor = make_losses(cfg, buffer, device)
-    if not first:  # parameters are those of the first; noise is each one's own
-        torch.manual_seed(cfg.seed + 2**32 * rank)
-    evaluator = make_evaluator(cfg, actor, device)
-    loggers = make_loggers(cfg, output) if first else []
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder(output, resume=cfg.resume))
+        buffer = make_buffer(cfg, device, "train", rank)
+        losses, actor = make_losses(cfg, buffer, device)
+        if not first:  # parameters are those of the first; noise is each one's own
+            torch.manual_seed(cfg.seed + 2**32 * rank)
+        evaluator = stack.enter_context(closing(make_evaluator(cfg, actor, device)))
+        loggers = make_loggers(cfg, run) if first else []
+        for logger in loggers:
+            stack.callback(logger.close)
+        name = "checkpoints" if first else f"checkpoints-rank{rank}"
+        checkpoints = make_checkpoints(cfg, run.path / name, buffer, actor)
+        stack.enter_context(closing(checkpoints))
 
-    trainer = OfflineTrainer(
-        losses,
-        buffer,
-        [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)],
-        target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
-        validation_buffer=make_buffer(cfg, device, "val"),
-        evaluate=evaluator if first else None,
-        monitor=partial(evaluator.submit, cfg.eval_interim_episodes) if first else None,
-        loggers=loggers,
-        log_interval=cfg.log_interval,
-        progress_bar=first,
-        **{name: cfg[name] for name in SWITCHES},
-        distributed=torch.distributed.is_initialized(),
-    )
-    result = trainer.train()
-    if not first:
-        return
+        trainer = OfflineTrainer(
+            losses,
+            buffer,
+            [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)],
+            target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
+            validation_buffer=make_buffer(cfg, device, "val"),
+            evaluate=evaluator if first else None,
+            monitor=partial(evaluator.submit, cfg.eval_interim_episodes) if first else None,
+            loggers=loggers,
+            checkpoints=checkpoints,
+            log_interval=cfg.log_interval,
+            progress_bar=first,
+            **{name: cfg[name] for name in SWITCHES},
+            distributed=torch.distributed.is_initialized(),
+        )
+        trainer.resume(run.checkpoint)
+        result = trainer.train()
+        if first:
+            report(cfg, run, buffer, actor, evaluator, loggers[0], result)
 
-    trainer.save(output / "checkpoint.pt", actor=actor)
+
+def report(
+    cfg: DictConfig,
+    run: RunFolder,
+    buffer: OGBenchExperienceReplay,
+    actor: FlowRejectionActor,
+    evaluator: Evaluator,
+    logger: CSVLogger,
+    result: dict[str, float],
+) -> None:
+    """Writes policy/, summary.json, curves.png and evaluation.mp4."""
+    save_policy(actor, run.path / "policy", **settings_of(cfg))
     summary = {
         "success_rate": result.pop("success_rate"),  # of several tasks, their mean
         "episodes": cfg.eval_episodes,
@@ -271,19 +325,18 @@ def main(cfg: DictConfig) -> None:
         "replan_interval": cfg.replan_interval,
         **{name: cfg[name] for name in SWITCHES},
     }
-    write_summary(output / "summary.json", summary)
-    plot_curves(output / "curves.png", loggers[0])
+    write_summary(run.path / "summary.json", summary)
+    plot_curves(run.path / "curves.png", logger)
     if cfg.video_episodes:
         try:
-            make_env = partial(OGBenchEnv, cfg.dataset, device=device, from_pixels=True)
+            make_env = partial(OGBenchEnv, cfg.dataset, from_pixels=True)
             frames = evaluator.record(make_env, cfg.video_episodes)
-            write_video(output / "evaluation.mp4", frames)
+            write_video(run.path / "evaluation.mp4", frames)
         except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it
             torchrl_logger.warning(f"No video: {error}")
-    evaluator.close()
     torchrl_logger.info(
         f"Success rate {summary['success_rate']:.2f} over {cfg.eval_episodes} episodes of "
-        f"{cfg.dataset}; summary, curves and video are in {output}"
+        f"{cfg.dataset}; summary, curves and video are in {run.path}"
     )
 
 

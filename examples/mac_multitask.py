@@ -11,21 +11,39 @@ Settings are those of mac.py, and `task_ids` (configs/mac_multitask.yaml).
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack, closing
 from statistics import fmean
+from typing import Any
 
 import hydra
 import torch
-from mac import SWITCHES, begin, is_goal_conditioned, make_buffer, make_evaluator, make_losses
+from mac import (
+    SWITCHES,
+    begin,
+    is_goal_conditioned,
+    make_buffer,
+    make_checkpoints,
+    make_evaluator,
+    make_loggers,
+    make_losses,
+    settings_of,
+)
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
-from torchrl.record import CSVLogger
 
 from torchrl_mac.data import OGBenchExperienceReplay
-from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.trainers import OfflineTrainer, Phase, plot_curves, write_summary
+from torchrl_mac.modules import FlowRejectionActor, save_policy
+from torchrl_mac.trainers import (
+    OfflineTrainer,
+    Phase,
+    RunCheckpoints,
+    RunFolder,
+    plot_curves,
+    write_summary,
+)
 
 SHARED = {"loss_flow", "loss_distillation", "loss_dynamics"}
 OWN = {"loss_reward", "loss_termination", "loss_value", "loss_qvalue"}
@@ -40,6 +58,15 @@ class TaskBuffers:
     def sample(self, batch_size: int) -> TensorDictBase:
         """As a replay buffer."""
         return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """As a replay buffer."""
+        return [buffer.state_dict() for buffer in self.buffers]
+
+    def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
+        """As a replay buffer."""
+        for buffer, state in zip(self.buffers, state_dict, strict=True):
+            buffer.load_state_dict(state)
 
 
 def select(phases: list[Phase], terms: set[str], batch_scale: float = 1.0) -> list[Phase]:
@@ -73,62 +100,76 @@ def main(cfg: DictConfig) -> None:
         for split in ("train", "val")
     )
     losses, actor = make_losses(cfg, train.buffers[0], device, num_tasks=len(tasks))
-    csv = CSVLogger("logs", log_dir=str(output))
-    csv.log_hparams(OmegaConf.to_container(cfg, resolve=True))
     phases = [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)]
-    settings = {
-        "loggers": [csv],
-        "log_interval": cfg.log_interval,
-        **{name: cfg[name] for name in SWITCHES},
-    }
-    first = OfflineTrainer(
-        {name: losses[name] for name in ("behaviour", "world_model")},
-        train.buffers[0],
-        select(phases, SHARED),
-        validation_buffer=validation.buffers[0],
-        **settings,
-    ).train()
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder(output, resume=cfg.resume))
+        loggers = make_loggers(cfg, run)
+        for logger in loggers:
+            stack.callback(logger.close)
+        settings = {
+            "loggers": loggers,
+            "log_interval": cfg.log_interval,
+            **{name: cfg[name] for name in SWITCHES},
+        }
 
-    trainer = OfflineTrainer(
-        {name: losses[name] for name in ("world_model", "values")},
-        train,
-        select(phases, OWN, cfg.task_batch_scale),
-        target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
-        validation_buffer=validation,
-        **settings,
+        def checkpoints(name: str) -> RunCheckpoints:
+            folder = run.path / "checkpoints" / name
+            return stack.enter_context(closing(make_checkpoints(cfg, folder, train.buffers[0])))
+
+        shared = OfflineTrainer(
+            {name: losses[name] for name in ("behaviour", "world_model")},
+            train.buffers[0],
+            select(phases, SHARED),
+            validation_buffer=validation.buffers[0],
+            checkpoints=checkpoints("shared"),
+            **settings,
+        )
+        own = OfflineTrainer(
+            losses,
+            train,
+            select(phases, OWN, cfg.task_batch_scale),
+            target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
+            validation_buffer=validation,
+            first_update=shared.num_updates,
+            checkpoints=checkpoints("own"),
+            **settings,
+        )
+        if not own.resume(run.checkpoint):
+            shared.resume()
+            shared.train()
+            own.train_seconds = shared.train_seconds
+        result = own.train()
+
+        rates = {}
+        for k, task in enumerate(tasks):
+            acting = actor_of_task(actor, k)
+            save_policy(acting, run.path / "policies" / task.dataset, **settings_of(task))
+            with closing(make_evaluator(task, acting, device)) as evaluator:
+                rates[task.dataset] = evaluator()["success_rate"]
+            torchrl_logger.info(f"{task.dataset}: success rate {rates[task.dataset]:.2f}")
+        summary = {
+            "success_rate": fmean(rates.values()),
+            "success_rates": rates,
+            "episodes": cfg.eval_episodes,
+            **result,
+            "seed": cfg.seed,
+            "dataset_digest": train.buffers[0].digest,
+            **{name: cfg[name] for name in SWITCHES},
+        }
+        write_summary(run.path / "summary.json", summary)
+        plot_curves(run.path / "curves.png", loggers[0])
+
+
+def actor_of_task(actor: FlowRejectionActor, k: int) -> FlowRejectionActor:
+    """The actor with the k-th task's Q."""
+    network = actor.qvalue_network.module.network(k)
+    return FlowRejectionActor(
+        actor.policy,
+        ValueOperator(network, in_keys=actor.qvalue_network.in_keys),
+        num_candidates=actor.num_candidates,
+        chunk_size=actor.chunk_size,
+        transform=actor.transform,
     )
-    trainer.updates = first["updates"]
-    second = trainer.train()
-    trainer.save(output / "checkpoint.pt", behaviour=losses["behaviour"])
-
-    rates = {}
-    for k, task in enumerate(tasks):
-        qvalue = ValueOperator(
-            actor.qvalue_network.module.network(k), in_keys=actor.qvalue_network.in_keys
-        )
-        acting = FlowRejectionActor(
-            actor.policy,
-            qvalue,
-            num_candidates=cfg.eval_num_candidates,
-            chunk_size=cfg.chunk_size,
-            transform=actor.transform,
-        )
-        evaluator = make_evaluator(task, acting, device)
-        rates[task.dataset] = evaluator()["success_rate"]
-        evaluator.close()
-        torchrl_logger.info(f"{task.dataset}: success rate {rates[task.dataset]:.2f}")
-    summary = {
-        "success_rate": fmean(rates.values()),
-        "success_rates": rates,
-        "episodes": cfg.eval_episodes,
-        "updates": trainer.updates,
-        "train_seconds": first["train_seconds"] + second["train_seconds"],
-        "seed": cfg.seed,
-        "dataset_digest": train.buffers[0].digest,
-        **{name: cfg[name] for name in SWITCHES},
-    }
-    write_summary(output / "summary.json", summary)
-    plot_curves(output / "curves.png", csv)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ def test_captured_equals_eager(compile):
         optimizer = torch.optim.Adam(
             [p for loss in plain.losses for p in loss.parameters()],
             lr=torch.tensor(1e-2, device="cuda"),
+            fused=True,
             capturable=True,
         )
         return LossUpdate(plain.losses, optimizer, SoftUpdate(values, tau=0.1), **switches)

@@ -10,6 +10,7 @@ try:  # TorchRL has flow policies of its own from 0.15 on.
 except ImportError:
     from torchrl_mac.modules.flow import FlowMatchingModel, OneStepModel
     from torchrl_mac.modules.policies import FlowMatchingPolicy, OneStepPolicy
+from torchrl_mac.modules.export import load_policy, policy_metadata, save_policy
 from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
 from torchrl_mac.modules.rejection import FlowRejectionActor
 from torchrl_mac.modules.stacked import StackedMLP
@@ -25,4 +26,7 @@ __all__ = [
     "OneStepPolicy",
     "StackedMLP",
     "TanhGELU",
+    "load_policy",
+    "policy_metadata",
+    "save_policy",
 ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future, wait
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
+from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import EnvBase
 
 from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.trainers.episodes import EpisodeRunner
+from torchrl_mac.trainers.workers import WorkerPool
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -26,6 +28,10 @@ class Evaluator:
     for a batch at a time. Each round has random numbers of its own, drawn from ``seed``: the same
     episodes, starts and noise alike, repeat in any number of processes, and training's random
     state is left as it was.
+
+    A round that fails is run once more, in new environments and, if it was in a worker process that
+    died or hung, in a new one. If it fails again, the evaluation goes on without it and says how
+    many ``missing_episodes`` it has.
 
     Args:
         make_env (callable): builds one environment, which reports ``"success"``.
@@ -42,10 +48,13 @@ class Evaluator:
         num_workers (int, optional): how many processes share the rounds, each with ``num_envs``
             environments and a copy of the actor on the CPU; ``make_env`` and the actor are pickled.
             Defaults to 0, the calling process.
+        timeout (float, optional): the seconds after which a round in a worker process is taken to
+            hang. Defaults to 600.
         seed (int, optional): defaults to 0.
 
     Raises:
         ValueError: if a number is out of range.
+        RuntimeError: if no round of an evaluation succeeds.
 
     Examples:
         >>> from torchrl.modules import ValueOperator
@@ -78,6 +87,7 @@ class Evaluator:
         num_envs: int = 10,
         replan_interval: int = 1,
         num_workers: int = 0,
+        timeout: float = 600.0,
         seed: int = 0,
     ) -> None:
         for name, value, least in (
@@ -91,10 +101,11 @@ class Evaluator:
         self.num_episodes = num_episodes
         self.num_envs = min(num_envs, num_episodes)
         self.num_workers = num_workers
+        self.timeout = timeout
         self.seed = seed
         self.actor = actor
         self._runner = EpisodeRunner(make_env, actor, self.num_envs, replan_interval)
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
 
     def __call__(self, num_episodes: int | None = None) -> dict[str, float]:
         """Runs all episodes, or the first ``num_episodes`` of them, of each task.
@@ -105,16 +116,24 @@ class Evaluator:
         """
         return self.submit(num_episodes).result()
 
-    def submit(self, num_episodes: int | None = None) -> Evaluation:
+    def submit(
+        self, num_episodes: int | None = None, *, state: dict[str, Any] | None = None
+    ) -> Evaluation:
         """Begins an evaluation of the actor as it is now.
 
         With ``num_workers`` it goes on beside whatever this process does next; without, it is
         finished on return.
+
+        Args:
+            num_episodes (int, optional): as many, the first of all.
+
+        Keyword Args:
+            state (dict, optional): the actor's state dict to evaluate instead, with
+                ``num_workers``: :attr:`Evaluation.state` of one that was cut off.
         """
         num_episodes = self.num_episodes if num_episodes is None else num_episodes
         seeds = np.random.SeedSequence(self.seed).generate_state(-(-num_episodes // self.num_envs))
-        state = None
-        if self.num_workers:  # a copy: it is sent later, and training goes on
+        if self.num_workers and state is None:  # a copy: it is sent later, and training goes on
             state = {key: value.cpu().clone() for key, value in self.actor.state_dict().items()}
         tasks = {
             "" if task_id is None else f"task{task_id}/": [
@@ -122,21 +141,30 @@ class Evaluator:
             ]
             for task_id in self.task_ids
         }
-        return Evaluation(tasks, num_episodes)
+        return Evaluation(tasks, num_episodes, self.num_envs, state)
 
     def _run(self, seed: int, task_id: int | None, state: dict[str, Any] | None) -> Future:
         if self.num_workers == 0:
-            future: Future = Future()
-            future.set_result(self._runner.measure(seed, task_id))
-            return future
+            return self._run_here(seed, task_id)
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.num_workers,
-                mp_context=get_context("spawn"),
-                initializer=_begin_worker,
-                initargs=(self._runner.on_cpu(),),
+            self._pool = WorkerPool(
+                self.num_workers, partial(_Measure, self._runner.on_cpu()), timeout=self.timeout
             )
-        return self._pool.submit(_measure, seed, task_id, state)
+        return self._pool.submit(seed, task_id, state)
+
+    def _run_here(self, seed: int, task_id: int | None) -> Future:
+        future: Future = Future()
+        for is_last in (False, True):
+            try:
+                future.set_result(self._runner.measure(seed, task_id))
+                break
+            except Exception as error:
+                self._runner.close()
+                if is_last:
+                    future.set_exception(error)
+                else:
+                    torchrl_logger.warning(f"Episodes have failed and are run again: {error!r}")
+        return future
 
     def record(self, make_env: Callable[[], EnvBase], num_episodes: int) -> list[torch.Tensor]:
         """Runs ``num_episodes`` of each task one by one, in environments that write ``"pixels"``.
@@ -161,51 +189,73 @@ class Evaluator:
         """Closes environments and processes; they are made again when needed."""
         self._runner.close()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.close()
             self._pool = None
 
 
 class Evaluation:
     """An evaluation that has begun; :meth:`Evaluator.submit` makes it."""
 
-    def __init__(self, tasks: dict[str, list[Future]], num_episodes: int) -> None:
+    def __init__(
+        self,
+        tasks: dict[str, list[Future]],
+        num_episodes: int,
+        num_envs: int,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.state = state
         self._tasks = tasks
         self._num_episodes = num_episodes
+        self._num_envs = num_envs
 
     def done(self) -> bool:
         """Whether :meth:`result` would return at once."""
         return all(future.done() for futures in self._tasks.values() for future in futures)
 
     def result(self) -> dict[str, float]:
-        """The metrics of :meth:`Evaluator.__call__`, as soon as they are there."""
+        """The metrics of :meth:`Evaluator.__call__`, as soon as they are there.
+
+        ``missing_episodes`` is one of them if some could not be run.
+        """
         metrics: dict[str, float] = {}
+        missing = 0
         for prefix, rounds in self._tasks.items():
-            episodes = [episode for future in rounds for episode in future.result()]
+            firsts = range(0, self._num_episodes, self._num_envs)
+            wait(rounds)
+            errors = [error for future in rounds if (error := future.exception())]
+            episodes = [
+                episode
+                for first, future in zip(firsts, rounds, strict=True)
+                if not future.exception()
+                for episode in future.result()[: self._num_episodes - first]
+            ]
+            if errors:
+                if not episodes:
+                    raise RuntimeError(f"No episode could be run: {errors[0]}") from errors[0]
+                missing += self._num_episodes - len(episodes)
+                torchrl_logger.warning(f"The evaluation is incomplete: {errors[0]!r}")
             for name, values in zip(
                 ("success_rate", "episode_return", "episode_length"),
-                zip(*episodes[: self._num_episodes], strict=True),
+                zip(*episodes, strict=True),
                 strict=True,
             ):
                 metrics[prefix + name] = fmean(values)
-        if "" in self._tasks:
-            return metrics
-        names = dict.fromkeys(name.split("/")[1] for name in metrics)
-        means = {name: fmean(metrics[prefix + name] for prefix in self._tasks) for name in names}
-        return means | metrics
+        if "" not in self._tasks:
+            names = dict.fromkeys(name.split("/")[1] for name in metrics)
+            metrics = {
+                name: fmean(metrics[prefix + name] for prefix in self._tasks) for name in names
+            } | metrics
+        return metrics | ({"missing_episodes": missing} if missing else {})
 
 
-_runner: EpisodeRunner  # of a worker process
+class _Measure:
+    """What a worker process does."""
 
+    def __init__(self, runner: EpisodeRunner) -> None:
+        self.runner = runner
 
-def _begin_worker(runner: EpisodeRunner) -> None:
-    global _runner
-    torch.set_num_threads(1)
-    _runner = runner
-
-
-def _measure(
-    seed: int, task_id: int | None, state: dict[str, Any] | None
-) -> list[tuple[float, float, float]]:
-    if state is not None:
-        _runner.actor.load_state_dict(state)
-    return _runner.measure(seed, task_id)
+    def __call__(
+        self, seed: int, task_id: int | None, state: dict[str, Any]
+    ) -> list[tuple[float, float, float]]:
+        self.runner.actor.load_state_dict(state)
+        return self.runner.measure(seed, task_id)

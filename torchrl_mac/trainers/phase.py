@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Phase"]
+__all__ = ["Phase", "check_past"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,41 @@ class Phase:
         length = max(1, self.num_updates - self.warmup_updates)
         progress = min(1.0, (update - self.warmup_updates) / length)
         return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_past(
+    phases: Sequence[Phase], trained: Sequence[tuple[str, int]], num_updates: int
+) -> None:
+    """Checks that what has been trained is the beginning of ``phases``.
+
+    Args:
+        phases (sequence of Phase): what is to be trained in all.
+        trained (sequence of tuple): name and number of updates of the phases in mind before.
+        num_updates (int): how many updates of those have been made. The phase that was trained
+            last may have another number of updates now, as long as they are enough.
+
+    Raises:
+        ValueError: if it is not.
+
+    Examples:
+        >>> from torchrl_mac.trainers import Phase
+        >>> check_past([Phase("values", ["loss_value"], 200, 256)], [("values", 100)], 100)
+    """
+    now = [(phase.name, phase.num_updates) for phase in phases]
+    left = num_updates
+    for k, (name, planned) in enumerate(trained):
+        if left <= 0:
+            return
+        done = min(left, planned)
+        is_last = left <= planned
+        if (
+            k >= len(now)
+            or now[k][0] != name
+            or now[k][1] < done
+            or not (is_last or now[k][1] == planned)
+        ):
+            raise ValueError(
+                f"The checkpoint has made {num_updates} updates of the phases {list(trained)}; it "
+                f"cannot go on with {now}."
+            )
+        left -= planned

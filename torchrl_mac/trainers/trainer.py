@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
 from torchrl._utils import logger as torchrl_logger
-from torchrl._utils import timeit
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.trainers.evaluation import Evaluation
-from torchrl_mac.trainers.phase import Phase
-from torchrl_mac.trainers.update import LossUpdate
+from torchrl_mac.trainers.guard import give_up
+from torchrl_mac.trainers.logs import rewind
+from torchrl_mac.trainers.phase import Phase, check_past
+from torchrl_mac.trainers.phase_training import PhaseTraining
+from torchrl_mac.trainers.rotation import RunCheckpoints
+from torchrl_mac.trainers.signals import StopSignals
 
 __all__ = ["OfflineTrainer"]
 
 
 class OfflineTrainer:
     """Trains losses on a fixed dataset, phase after phase, and logs, evaluates and saves.
+
+    With ``checkpoints`` a run that was killed goes on as if nothing had happened: :meth:`resume`,
+    then :meth:`train`. On a CPU all parameters, moments, targets and metrics are then equal, bit
+    for bit, to those of an uninterrupted run. SIGINT and SIGTERM end the run with a checkpoint,
+    after the current update, and exit with 130 or 143.
+
+    Updates that are not finite are left out (see :class:`~torchrl_mac.trainers.LossUpdate`).
 
     Args:
         losses (dict of LossModule): the objectives, by name.
@@ -45,15 +55,23 @@ class OfflineTrainer:
         monitor (callable, optional): the same, every ``eval_interval`` updates of a phase before
             that. Usually cheaper. May return an :class:`~torchrl_mac.trainers.Evaluation` that goes
             on beside training; it is logged when it is finished, for the update it was begun at.
+            If the run is killed before, it is begun anew with ``state=`` of that evaluation.
             Defaults to ``evaluate``.
         loggers (sequence of Logger, optional): TorchRL loggers.
+        checkpoints (RunCheckpoints, optional): where the state is saved: from time to time, before
+            each evaluation, and when a signal ends the run. Defaults to nowhere.
+        max_skipped (int, optional): training gives up after so many updates in a row that were not
+            finite; noticed when something is logged. Defaults to 10.
         log_interval (int, optional): in updates. Defaults to 1000.
+        first_update (int, optional): counting goes on from there, after another trainer. Defaults
+            to 0.
         progress_bar (bool, optional): defaults to ``True``.
-        **switches: ``compile``, ``cudagraphs``, ``precision`` and ``distributed`` of
-            :class:`~torchrl_mac.trainers.LossUpdate`.
+        **switches: ``compile``, ``cudagraphs``, ``precision``, ``max_grad_norm`` and
+            ``distributed`` of :class:`~torchrl_mac.trainers.LossUpdate`.
 
     Raises:
         ValueError: if a phase names a term that no loss has, or if two losses have the same.
+        NonFiniteError: when training, if it cannot go on; says what is not finite.
 
     Examples:
         >>> import torch
@@ -82,7 +100,7 @@ class OfflineTrainer:
         ...     progress_bar=False,
         ... )
         >>> sorted(trainer.train())
-        ['train_seconds', 'updates']
+        ['skipped_updates', 'train_seconds', 'updates']
     """
 
     def __init__(
@@ -94,9 +112,12 @@ class OfflineTrainer:
         target_updater: TargetNetUpdater | None = None,
         validation_buffer: ReplayBuffer | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
-        monitor: Callable[[], Mapping[str, float] | Evaluation] | None = None,
+        monitor: Callable[..., Mapping[str, float] | Evaluation] | None = None,
         loggers: Sequence[Logger] = (),
+        checkpoints: RunCheckpoints | None = None,
         log_interval: int = 1000,
+        max_skipped: int = 10,
+        first_update: int = 0,
         progress_bar: bool = True,
         **switches: Any,
     ) -> None:
@@ -106,14 +127,20 @@ class OfflineTrainer:
         self.target_updater = target_updater
         self.validation_buffer = validation_buffer
         self.evaluate = evaluate
-        self.monitor = evaluate if monitor is None else monitor
+        self.monitor: Callable[..., Any] | None = evaluate if monitor is None else monitor
         self.loggers = list(loggers)
+        self.checkpoints = checkpoints
         self.log_interval = log_interval
+        self.max_skipped = max_skipped
         self.progress_bar = progress_bar
         self.switches = switches
-        self.updates = 0
+        self.first_update = self.updates = first_update
+        self.skipped_updates = 0
+        self.train_seconds = 0.0
+        self._training: PhaseTraining | None = None
+        self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
+        self._evaluation_due = False
         self._pending: list[tuple[int, Evaluation]] = []
-        self._num_candidates: dict[FlowRejectionActor, int] = {}  # to restore after a phase
         self._check_phases()
 
     def _check_phases(self) -> None:
@@ -133,97 +160,182 @@ class OfflineTrainer:
         """The number of updates of all phases together."""
         return sum(phase.num_updates for phase in self.phases)
 
+    @property
+    def _last_update(self) -> int:
+        return self.first_update + self.num_updates
+
     def train(self) -> dict[str, float]:
-        """Runs all phases.
+        """Runs what is left of all phases.
 
         Returns:
-            ``updates``, ``train_seconds`` (evaluation excluded), whether all phases were
-            ``compiled``, if they should be, and the last evaluation's metrics.
+            ``updates``, ``skipped_updates``, ``train_seconds`` (evaluation excluded), whether all
+            phases were ``compiled``, if they should be, and the last evaluation's metrics.
+
+        Raises:
+            SystemExit: after SIGINT or SIGTERM, with code 130 or 143.
         """
-        bar = tqdm(total=self.num_updates, disable=not self.progress_bar, unit="it")
-        metrics: dict[str, float] = {}
-        compiled = True
-        clock, seconds = timeit("OfflineTrainer/train"), 0.0
-        end = self.updates + self.num_updates
-        with bar:
-            for phase in self.phases:
-                update, schedule = self._begin(phase)
+        bar = tqdm(
+            total=self.num_updates,
+            initial=self.updates - self.first_update,
+            disable=not self.progress_bar,
+            unit="it",
+        )
+        compiled, metrics = True, {}
+        stop = StopSignals()
+        stops = self.checkpoints is not None and not self.switches.get("distributed")
+        with bar, stop if stops else contextlib.nullcontext():
+            self._resume_evaluations()
+            metrics = self._evaluate_if_due(stop)
+            for phase, done in self._remaining():
                 bar.set_description(phase.name)
-                clock.start()
-                for step in range(1, phase.num_updates + 1):
-                    losses = update(self.buffer.sample(phase.batch_size))
-                    schedule.step()
-                    self.updates += 1
-                    bar.update()
-                    last = self.updates == end
-                    if self.updates % self.log_interval == 0 or last:
-                        self._log_losses(phase, losses, update, bar)
-                        self._log_evaluations(wait=False)
-                    if last or (phase.eval_interval and step % phase.eval_interval == 0):
-                        seconds += clock.elapsed()
-                        metrics = self._evaluate() if last else self._monitor()
-                        clock.start()
-                seconds += clock.elapsed()
-                compiled &= update.is_compiled
-                self._end()
-        self._log_evaluations(wait=True)
-        result = {"updates": self.updates, "train_seconds": seconds, **metrics}
+                with PhaseTraining(
+                    phase, self.losses, self.target_updater, **self.switches
+                ) as training:
+                    self._training = training
+                    self._restore(training, done)
+                    metrics = self._train_phase(training, done, stop, bar) or metrics
+                    compiled &= training.update.is_compiled
+                    self.skipped_updates += training.update.guard.read()["skipped"]
+                    self._training = None
+            stop.interruptible(self._wait_for_evaluations)
+            self._leave_if(stop)
+        result = {
+            "updates": self.updates,
+            "skipped_updates": self.skipped_updates,
+            "train_seconds": self.train_seconds,
+            **metrics,
+        }
         if self.switches.get("compile"):
             result["compiled"] = compiled
         return result
 
-    def _begin(self, phase: Phase) -> tuple[LossUpdate, torch.optim.lr_scheduler.LambdaLR]:
-        trained, updater = [], None
-        for loss in self.losses.values():
-            terms = [term for term in loss.out_keys if term in phase.losses]
-            if terms:
-                loss.select_out_keys(*terms)
-                trained.append(loss)
-                if self.target_updater is not None and self.target_updater.loss_module is loss:
-                    updater = self.target_updater
-        if phase.num_candidates is not None:
-            for actor in self._actors():
-                self._num_candidates[actor] = actor.num_candidates
-                actor.num_candidates = phase.num_candidates
-        parameters = [parameter for loss in trained for parameter in loss.parameters()]
-        captured = bool(self.switches.get("cudagraphs"))
-        lr = torch.tensor(phase.lr, device=parameters[0].device) if captured else phase.lr
-        optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=captured)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.lr_factor)
-        return LossUpdate(trained, optimizer, updater, **self.switches), schedule
+    def _train_phase(
+        self, training: PhaseTraining, done: int, stop: StopSignals, bar: tqdm
+    ) -> dict[str, float]:
+        phase, clock = training.phase, time.perf_counter()
+        metrics: dict[str, float] = {}
+        for step in range(done + 1, phase.num_updates + 1):
+            batch = self.buffer.sample(phase.batch_size)
+            losses = training.step(batch)
+            self.updates += 1
+            bar.update()
+            last = self.updates == self._last_update
+            if self.updates % self.log_interval == 0 or last:
+                self._log_losses(training, losses, batch, bar)
+                self._log_evaluations(wait=False)
+            self._evaluation_due = last or (
+                phase.eval_interval > 0 and step % phase.eval_interval == 0
+            )
+            if self._evaluation_due or stop or self._checkpoint_due():
+                self.train_seconds += time.perf_counter() - clock
+                self._save(wait=bool(stop))
+                metrics = self._evaluate_if_due(stop) or metrics
+                clock = time.perf_counter()
+        self.train_seconds += time.perf_counter() - clock
+        return metrics
 
-    def _end(self) -> None:
-        for loss in self.losses.values():
-            loss.reset_out_keys()
-        while self._num_candidates:
-            actor, num_candidates = self._num_candidates.popitem()
-            actor.num_candidates = num_candidates
+    def resume(self, path: str | Path | None = None) -> bool:
+        """Restores a checkpoint; :meth:`train` then goes on from there.
 
-    def _actors(self) -> list[FlowRejectionActor]:
-        actors = {getattr(loss, "actor_network", None) for loss in self.losses.values()}
-        return [actor for actor in actors if isinstance(actor, FlowRejectionActor)]
+        Logs are cut to what they were at that time.
+
+        Args:
+            path (str or Path, optional): the checkpoint. Defaults to the newest of ``checkpoints``
+                that is whole.
+
+        Returns:
+            whether there was one.
+
+        Raises:
+            CheckpointError: if the checkpoint at ``path`` is not whole.
+        """
+        if self.checkpoints is None:
+            raise ValueError("Only a trainer with checkpoints can resume.")
+        found = self.checkpoints.load(path)
+        if found is None:
+            for logger in self.loggers:
+                rewind(logger)
+            return False
+        path, state = found
+        self.load_state_dict(state)
+        torchrl_logger.info(f"Going on after {self.updates} updates, from {path}")
+        return True
+
+    def _remaining(self) -> Iterator[tuple[Phase, int]]:
+        """The phases that are not finished and how many of their updates are done."""
+        end = self.first_update
+        for phase in self.phases:
+            begin, end = end, end + phase.num_updates
+            if self.updates < end:
+                yield phase, max(0, self.updates - begin)
+
+    def _restore(self, training: PhaseTraining, done: int) -> None:
+        """Lets what was loaded take effect in the phase that goes on."""
+        state, self._restored = self._restored, {}
+        if state:
+            if done:
+                training.load_state_dict(state["training"])
+            GlobalRNGState().load_state_dict(state["rng"])
 
     def _log_losses(
-        self, phase: Phase, losses: TensorDictBase, update: LossUpdate, bar: tqdm
+        self, training: PhaseTraining, losses: TensorDictBase, batch: TensorDictBase, bar: tqdm
     ) -> None:
+        phase, update = training.phase, training.update
         values = {f"train/{key}": value.item() for key, value in losses.items()}
         bar.set_postfix(
             {key.split("_")[-1]: f"{value.item():.3g}" for key, value in losses.items()}
         )
+        skipped = update.guard.read()
+        if skipped["skipped"]:
+            values["train/skipped_updates"] = self.skipped_updates + skipped["skipped"]
+            torchrl_logger.warning(
+                f"{phase.name}: {skipped['skipped']} updates were not finite and left out."
+            )
         if self.validation_buffer is not None:
             with torch.no_grad():
-                batch = self.validation_buffer.sample(phase.batch_size)
-                for key, value in update.compute(batch).items():
+                validation = self.validation_buffer.sample(phase.batch_size)
+                for key, value in update.compute(validation).items():
                     values[f"validation/{key}"] = value.item()
         self._log(values, self.updates)
+        if skipped["in_a_row"] >= self.max_skipped:
+            folder = None if self.checkpoints is None else self.checkpoints.folder.parent
+            give_up(update.losses, self.buffer, batch, self.state_dict(), folder)
 
-    def _evaluate(self) -> dict[str, float]:
-        metrics = {} if self.evaluate is None else dict(self.evaluate())
-        self._log_metrics(metrics, self.updates)
-        return metrics
+    def _checkpoint_due(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.due(self.updates)
 
-    def _monitor(self) -> dict[str, float]:
-        metrics = {} if self.monitor is None else self.monitor()
+    def _save(self, *, wait: bool) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.updates, self.state_dict(), wait=wait)
+            if self._evaluation_due:
+                self.checkpoints.expect(self.updates)
+
+    def _leave_if(self, stop: StopSignals) -> None:
+        if stop:
+            assert self.checkpoints is not None  # only then are signals noted
+            self.checkpoints.wait()
+            torchrl_logger.info(
+                f"Stopped after {self.updates} updates; the same command goes on from there."
+            )
+            raise SystemExit(stop.exit_code)
+
+    def _evaluate_if_due(self, stop: StopSignals) -> dict[str, float]:
+        """Evaluates, unless a signal has come: then a checkpoint says that it is due."""
+        self._leave_if(stop)
+        if not self._evaluation_due:
+            return {}
+        last = self.updates == self._last_update
+        evaluate = self.evaluate if last else self.monitor
+        metrics: Any = {}
+        try:
+            if evaluate is not None:
+                metrics = stop.interruptible(evaluate)
+        except Exception as error:
+            if last:
+                raise
+            torchrl_logger.warning(f"Training goes on without an evaluation: {error!r}")
+        self._leave_if(stop)
+        self._evaluation_due = False
         if not isinstance(metrics, Mapping):
             self._pending.append((self.updates, metrics))
             self._log_evaluations(wait=False)
@@ -231,12 +343,31 @@ class OfflineTrainer:
         self._log_metrics(metrics, self.updates)
         return dict(metrics)
 
+    def _resume_evaluations(self) -> None:
+        for evaluation in self._restored.get("evaluations", ()):
+            if self.monitor is not None:
+                begun = self.monitor(state=evaluation["state"])
+                self._pending.append((evaluation["updates"], begun))
+            if self.checkpoints is not None:
+                self.checkpoints.expect(evaluation["updates"])
+
+    def _wait_for_evaluations(self) -> None:
+        self._log_evaluations(wait=True)
+
     def _log_evaluations(self, *, wait: bool) -> None:
         while self._pending and (wait or self._pending[0][1].done()):
-            updates, evaluation = self._pending.pop(0)
-            self._log_metrics(evaluation.result(), updates)
+            updates, evaluation = self._pending[0]
+            try:
+                metrics = evaluation.result()
+            except Exception as error:
+                torchrl_logger.warning(f"The evaluation after {updates} updates failed: {error!r}")
+                metrics = {}
+            del self._pending[0]
+            self._log_metrics(metrics, updates)
 
     def _log_metrics(self, metrics: Mapping[str, float], updates: int) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.record(updates, metrics)
         if metrics:
             self._log({f"eval/{key}": value for key, value in metrics.items()}, updates)
             figures = ", ".join(f"{key} {value:.3g}" for key, value in metrics.items())
@@ -247,30 +378,44 @@ class OfflineTrainer:
             logger.log_metrics(dict(values), step=updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters of all losses, target networks included, and the update count."""
-        losses = {name: loss.state_dict() for name, loss in self.losses.items()}
-        return {"losses": losses, "updates": self.updates}
+        """All that the rest of training depends on, target networks and random numbers included."""
+        buffers = {"train": self.buffer, "validation": self.validation_buffer}
+        return {
+            "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
+            "training": self._training.state_dict() if self._training else {},
+            "buffers": {name: buf.state_dict() for name, buf in buffers.items() if buf is not None},
+            "loggers": [logger.state_dict() for logger in self.loggers],
+            "rng": GlobalRNGState().state_dict(),
+            "progress": {
+                "updates": self.updates,
+                "skipped_updates": self.skipped_updates,
+                "train_seconds": self.train_seconds,
+                "phases": [[phase.name, phase.num_updates] for phase in self.phases],
+                "evaluation_due": self._evaluation_due,
+                "evaluations": [
+                    {"updates": updates, "state": evaluation.state}
+                    for updates, evaluation in self._pending
+                ],
+            },
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, in place."""
+        """Restores what :meth:`state_dict` returned; random numbers when training goes on.
+
+        Raises:
+            ValueError: if another sequence of phases has led to the state.
+        """
+        progress = state_dict["progress"]
+        check_past(self.phases, progress["phases"], progress["updates"] - self.first_update)
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
-        self.updates = state_dict["updates"]
-
-    def save(self, path: str | Path, **modules: nn.Module) -> None:
-        """Writes :meth:`state_dict` to a file, which is whole or not there at all.
-
-        Read it with ``torch.load(path, weights_only=True)``.
-
-        Args:
-            path (str or Path): the file.
-            **modules (nn.Module): whose states to add, under these names: ``actor=actor``.
-        """
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            states = {name: module.state_dict() for name, module in modules.items()}
-            torch.save({**self.state_dict(), **states}, aside)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        self.buffer.load_state_dict(state_dict["buffers"]["train"])
+        if self.validation_buffer is not None:
+            self.validation_buffer.load_state_dict(state_dict["buffers"]["validation"])
+        for logger, state in zip(self.loggers, state_dict["loggers"], strict=True):
+            rewind(logger, state)
+        self.updates = progress["updates"]
+        self.skipped_updates = progress["skipped_updates"]
+        self.train_seconds = progress["train_seconds"]
+        self._evaluation_due = progress["evaluation_due"]
+        self._restored = {**state_dict, "evaluations": progress["evaluations"]}

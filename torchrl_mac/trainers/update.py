@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrl._utils import logger as torchrl_logger
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
+
+from torchrl_mac.trainers.guard import FiniteGuard, undone_where
 
 __all__ = ["LossUpdate", "Precision"]
 
@@ -28,6 +30,9 @@ class LossUpdate:
     parameters *as they were in those losses*, and only then does the optimizer step. The target
     thus lags one step behind the usual order, as in the reference implementation of MAC
     (https://arxiv.org/abs/2512.08108).
+
+    An update whose loss or gradient is not finite changes nothing: no parameter, no target, no
+    state of the optimizer. :attr:`guard` counts those, without a word to the host.
 
     Args:
         losses (sequence of LossModule): every output whose name starts with ``"loss_"`` is added.
@@ -47,14 +52,17 @@ class LossUpdate:
             with a ``sampling_dtype``); or ``"bf16-mixed"``, for all but the networks' last layers
             and the losses. Parameters, gradients and the optimizer's state are always float32.
             Defaults to ``"fp32"``.
+        max_grad_norm (float, optional): gradients of a larger norm are scaled down to it. Defaults
+            to ``None``, as they are.
         distributed (bool, optional): whether gradients are averaged over the processes of
             :mod:`torch.distributed`'s default group, each with a batch of its own
             (:class:`~torch.nn.parallel.DistributedDataParallel`, which also makes all processes
             begin with the first one's parameters). Defaults to ``False``.
 
     Raises:
-        ValueError: if ``precision`` is unknown, or ``cudagraphs`` comes with ``distributed`` or
-            with an optimizer that is not capturable.
+        ValueError: if ``precision`` is unknown, ``max_grad_norm`` is not positive, or
+            ``cudagraphs`` comes with ``distributed`` or with an optimizer that is not
+            ``capturable`` and ``fused``.
 
     Examples:
         >>> import torch
@@ -75,7 +83,7 @@ class LossUpdate:
         ...     ),
         ... )
         >>> sorted(update(batch).keys())
-        ['loss_dynamics', 'loss_reward', 'loss_termination']
+        ['grad_norm', 'loss_dynamics', 'loss_reward', 'loss_termination']
     """
 
     def __init__(
@@ -87,21 +95,30 @@ class LossUpdate:
         compile: bool | dict[str, Any] = False,
         cudagraphs: bool = False,
         precision: Precision = "fp32",
+        max_grad_norm: float | None = None,
         distributed: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}.")
         if cudagraphs and distributed:
             raise ValueError("cudagraphs=True and distributed=True do not go together.")
-        if cudagraphs and not optimizer.defaults.get("capturable"):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}.")
+        # The protocol of torch.amp: an optimizer that leaves a step out when a tensor says so.
+        self._masks = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if cudagraphs and not (optimizer.defaults.get("capturable") and self._masks):
             raise ValueError(
                 "cudagraphs=True needs an optimizer that can be captured, such as "
-                "torch.optim.Adam(..., lr=torch.tensor(3e-4), capturable=True)."
+                "torch.optim.Adam(..., lr=torch.tensor(3e-4), fused=True, capturable=True)."
             )
         self.losses = list(losses)
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.precision = precision
+        self.max_grad_norm = max_grad_norm
+        device = optimizer.param_groups[0]["params"][0].device
+        self.guard = FiniteGuard(device, distributed=distributed)
+        self._targets = [] if target_updater is None else _targets(target_updater.loss_module)
         if precision.startswith("bf16"):
             for loss in self.losses:
                 if hasattr(loss, "sampling_dtype"):
@@ -146,6 +163,19 @@ class LossUpdate:
                 metrics.update(loss(tensordict))
         return metrics
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer and of :attr:`guard`; losses have their own."""
+        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.counts}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, in place."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        for rate, group in zip(rates, self.optimizer.param_groups, strict=True):
+            if isinstance(rate, torch.Tensor):  # as a captured update knows it
+                group["lr"] = rate.copy_(group["lr"])
+        self.guard.counts.copy_(state_dict["guard"])
+
     def _total(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
         metrics = self.compute(tensordict)
         terms = [value for key, value in metrics.items() if key.startswith("loss_")]
@@ -155,10 +185,30 @@ class LossUpdate:
         total, metrics = self._forward(tensordict)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad = self.guard.check(total, norm)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         if self.target_updater is not None:
-            self.target_updater.step()
-        self.optimizer.step()
-        return metrics
+            with undone_where(bad, self._targets):
+                self.target_updater.step()
+        if self._masks:
+            vars(self.optimizer).update(grad_scale=None, found_inf=bad)
+            self.optimizer.step()
+        elif not bad:  # read on the host
+            self.optimizer.step()
+        return metrics.set("grad_norm", norm)
+
+
+def _targets(loss: LossModule) -> list[torch.Tensor]:
+    """The parameters of the target networks."""
+    return [
+        value
+        for name, parameters in loss.named_children()
+        if name.startswith("target_") and name.endswith("_params")
+        for value in parameters.values(True, True)
+    ]
 
 
 class _Compiled:

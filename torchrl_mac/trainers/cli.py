@@ -1,0 +1,117 @@
+"""The command line of trained agents: ``torchrl-mac-eval``."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+from torchrl_mac.data import NUM_TASKS, OGBenchName
+from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.modules import load_policy, policy_metadata, save_policy
+from torchrl_mac.trainers.evaluation import Evaluator
+from torchrl_mac.trainers.report import write_video
+
+__all__ = ["main"]
+
+_PROGRAM = "torchrl-mac-eval"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluates a checkpoint and prints the metrics as JSON.
+
+    Args:
+        argv (list of str, optional): the arguments. Default: those of the process.
+
+    Returns:
+        int: the exit code: 0, 2 for wrong usage, values or files, 1 if episodes failed.
+
+    Examples:
+        >>> main(["--help"])  # doctest: +ELLIPSIS
+        usage: torchrl-mac-eval ...
+        0
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    try:
+        sys.stdout.write(json.dumps(_evaluate(args), indent=1) + "\n")
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="Evaluates a trained actor in OGBench's simulator. Settings that are not given "
+        "are those it was trained with.",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's folder, a checkpoint, or an export"
+    )
+    parser.add_argument("--best", action="store_true", help="of a run, not the newest but the best")
+    parser.add_argument("--task", help="dataset name, cube-single-play-singletask-task2-v0")
+    parser.add_argument("--episodes", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--num-envs", type=int, default=10, help="side by side, default: 10")
+    parser.add_argument("--workers", type=int, default=0, help="processes, default: this one")
+    parser.add_argument("--seed", type=int, default=0, help="of the episodes, default: 0")
+    parser.add_argument("--num-candidates", type=int, help="chunks to choose from")
+    parser.add_argument("--replan-interval", type=int, help="actions before the next choice")
+    parser.add_argument("--device", default="cpu", help="of the actor, default: cpu")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="an MP4 of some episodes")
+    parser.add_argument("--video-episodes", type=int, default=3, help="of each task, default: 3")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the actor there")
+    return parser
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    which: Literal["newest", "best"] = "best" if args.best else "newest"
+    actor = load_policy(args.checkpoint, which=which, device=args.device)
+    settings = policy_metadata(args.checkpoint, which=which)
+    task = args.task or settings.get("dataset")
+    if task is None:
+        raise ValueError(f"{args.checkpoint} does not say what it was trained on: give --task.")
+    name = OGBenchName.parse(task)
+    if args.num_candidates is not None:
+        actor.num_candidates = args.num_candidates
+    if args.export is not None:
+        save_policy(actor, args.export, **settings)
+    evaluator = Evaluator(
+        partial(OGBenchEnv, name, device="cpu" if args.workers else args.device),
+        actor,
+        task_ids=None if name.mode == "singletask" else range(1, NUM_TASKS + 1),
+        num_episodes=args.episodes,
+        num_envs=args.num_envs,
+        num_workers=args.workers,
+        replan_interval=args.replan_interval or settings.get("replan_interval", 1),
+        seed=args.seed,
+    )
+    try:
+        metrics = evaluator()
+        if args.video is not None:
+            make_env = partial(OGBenchEnv, name, device=args.device, from_pixels=True)
+            write_video(args.video, evaluator.record(make_env, args.video_episodes))
+    finally:
+        evaluator.close()
+    return {"task": task, "episodes": args.episodes, "seed": args.seed, **metrics}
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stderr.write(f"{_PROGRAM}: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
