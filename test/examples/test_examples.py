@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from torchrl_mac.data import generate_dataset
+from torchrl_mac.trainers.cli import main as eval_main
 
 ROOT = Path(__file__).parents[2]
 TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
@@ -33,7 +35,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(data, output, *overrides, example="mac", launcher=(), flags=()):
+def run(data, output, *overrides, **kwargs):
+    with start(data, output, *overrides, **kwargs) as process:
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(data, output, *overrides, example="mac", launcher=(), flags=()):
     command = [
         *(sys.executable, *launcher, ROOT / f"examples/{example}.py", *flags),
         *("preset=cpu", f"data_dir={data}"),
@@ -48,13 +56,12 @@ def run(data, output, *overrides, example="mac", launcher=(), flags=()):
         *overrides,
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=env, cwd=data
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], **pipes, env=env, cwd=data)
 
 
 @pytest.mark.slow
-def test_mac(data, tmp_path):
+def test_mac(data, tmp_path, capsys):
     phase = "{{name: {}, losses: [{}], num_updates: 10, batch_size: 8, eval_interval: 10}}"
     joint, alone = phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")
     phases = f"phases=[{joint},{alone}]"
@@ -68,12 +75,51 @@ def test_mac(data, tmp_path):
     assert summary["task"] == "cube-single-play-singletask-task2-v0"
     assert 0 <= summary["success_rate"] <= 1
     assert (tmp_path / "run/curves.png").stat().st_size > 10_000
-    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert checkpoint["updates"] == 20
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["checkpoint-000000000010", "checkpoint-000000000020", "scores.json"]
     scalars = tmp_path / "run/logs/scalars"
     assert len((scalars / "train/loss_qvalue.csv").read_text().splitlines()) == 4
     assert len((scalars / "eval/success_rate.csv").read_text().splitlines()) == 2
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+
+    # The exported actor and the checkpoints act as the run did, without its data.
+    settings = ["--episodes", "2", "--num-envs", "2"]
+    for command in (
+        [tmp_path / "run", *settings, "--export", tmp_path / "exported"],
+        [tmp_path / "exported", *settings, "--task", summary["task"]],
+        [tmp_path / "run/policy", *settings],
+    ):
+        assert eval_main([str(part) for part in command]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        assert metrics["task"] == summary["task"]
+        for key in ("success_rate", "episode_return", "episode_length"):
+            assert metrics[key] == summary[key]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
+    phase = "{{name: {}, losses: [{}], num_updates: {}, batch_size: 8}}"
+    phases = [phase.format("flow", "loss_flow", 300), phase.format("joint", ",".join(TERMS), 20)]
+    overrides = [f"phases=[{','.join(phases)}]", "log_interval=20", "replan_interval=10"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(data, whole, *overrides).returncode == 0
+    with start(data, parts, *overrides) as process:
+        rows = parts / "logs/scalars/train/loss_flow.csv"
+        while not rows.is_file() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    result = run(data, parts, *overrides, "value_cells=[8]")
+    assert result.returncode == 1
+    assert "cannot go on with another value_cells: [16] -> [8]" in result.stderr
+    result = run(data, parts, *overrides)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for path in (whole / "logs").rglob("*.csv"):
+        assert (parts / path.relative_to(whole)).read_text() == path.read_text()
+    weights = "policy/policy.safetensors"
+    assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
+    first, again = (json.loads((p / "summary.json").read_text()) for p in (whole, parts))
+    assert first["success_rate"] == again["success_rate"]
 
 
 @pytest.mark.slow
@@ -125,7 +171,7 @@ def test_two_processes(data, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["updates"] == 10
-    assert len(list((tmp_path / "run/logs/scalars/train").glob("*.csv"))) == len(TERMS)
+    assert len(list((tmp_path / "run/logs/scalars/train").glob("loss_*.csv"))) == len(TERMS)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def make_update(width=16, **switches):
     values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=K)
     losses = [FlowBCLoss(flow, policy), ChunkedWorldModelLoss(model), values]
     parameters = [p for loss in losses for p in loss.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
     return LossUpdate(losses, optimizer, SoftUpdate(values, tau=0.1), **switches)
 
 

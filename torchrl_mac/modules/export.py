@@ -308,7 +308,7 @@ def _describe_transform(transform: Transform | None) -> Any:
     return {
         "in_keys": transform.in_keys,
         "out_keys": transform.out_keys,
-        "standard_normal": transform.standard_normal,
+        "standard_normal": bool(transform.standard_normal),
         "shape": list(transform.loc.shape),
     }
 

@@ -166,4 +166,4 @@ def _short(value: Any) -> str:
 
 def _rows(value: Tensor) -> list[int]:
     bad = ~value.detach().isfinite()
-    return bad.flatten(1).any(1).nonzero().flatten().tolist() if bad.ndim else []
+    return bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.ndim else []

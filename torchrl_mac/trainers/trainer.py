@@ -384,7 +384,7 @@ class OfflineTrainer:
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "training": self._training.state_dict() if self._training else {},
             "buffers": {name: buf.state_dict() for name, buf in buffers.items() if buf is not None},
-            "loggers": [logger.state_dict() for logger in self.loggers],
+            "loggers": [[type(logger).__name__, logger.state_dict()] for logger in self.loggers],
             "rng": GlobalRNGState().state_dict(),
             "progress": {
                 "updates": self.updates,
@@ -412,8 +412,12 @@ class OfflineTrainer:
         self.buffer.load_state_dict(state_dict["buffers"]["train"])
         if self.validation_buffer is not None:
             self.validation_buffer.load_state_dict(state_dict["buffers"]["validation"])
-        for logger, state in zip(self.loggers, state_dict["loggers"], strict=True):
-            rewind(logger, state)
+        states: dict[str, list[Any]] = {}
+        for kind, state in state_dict["loggers"]:
+            states.setdefault(kind, []).append(state)
+        for logger in self.loggers:  # there may be others now
+            known = states.get(type(logger).__name__)
+            rewind(logger, known.pop(0) if known else None)
         self.updates = progress["updates"]
         self.skipped_updates = progress["skipped_updates"]
         self.train_seconds = progress["train_seconds"]
