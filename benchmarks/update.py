@@ -33,10 +33,13 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 try:
+    import safetensors.torch  # noqa: F401
     import tqdm  # noqa: F401
-except ImportError:  # a bare machine: there are no progress bars here
-    sys.modules["tqdm"] = types.ModuleType("tqdm")
-    sys.modules["tqdm"].tqdm = sys.modules["tqdm"].__spec__ = object()
+except ImportError:  # a bare machine: there are no progress bars and no exports here
+    for name, parts in {"tqdm": ["tqdm"], "safetensors.torch": ["load_file", "save_file"]}.items():
+        stub = types.ModuleType(name)
+        vars(stub).update(dict.fromkeys([*parts, "__spec__"], object()))
+        sys.modules.setdefault(name, stub)
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
 from torchrl_mac.modules import (

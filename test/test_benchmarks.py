@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 BARE = """
 import importlib.machinery, pathlib, runpy, sys
 
-missing = {"tqdm", "mujoco", "ogbench", "gymnasium", "hydra", "wandb"}
+missing = {"tqdm", "safetensors", "mujoco", "ogbench", "gymnasium", "hydra", "wandb"}
 find = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = classmethod(
     lambda cls, name, *args: None if name.split(".")[0] in missing else find(name, *args)

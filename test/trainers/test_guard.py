@@ -220,5 +220,5 @@ def test_rows_of_the_dataset_are_named(monkeypatch):
     with pytest.raises(NonFiniteError) as caught:
         give_up([make_update().losses[0]], buffer, drawn, state, None)
     assert bad
-    expected = dict.fromkeys(bad, 7)  # where their samples begin
+    expected = {row: 7 if first[row] else 7 - H for row in bad}  # where their samples begin
     assert f"dataset_rows: {expected}" in str(caught.value)

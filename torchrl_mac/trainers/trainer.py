@@ -18,6 +18,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
+from torchrl_mac.trainers.checkpoint import buffer_state, load_buffer_state
 from torchrl_mac.trainers.evaluation import Evaluation
 from torchrl_mac.trainers.guard import give_up
 from torchrl_mac.trainers.logs import rewind
@@ -383,7 +384,9 @@ class OfflineTrainer:
         return {
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "training": self._training.state_dict() if self._training else {},
-            "buffers": {name: buf.state_dict() for name, buf in buffers.items() if buf is not None},
+            "buffers": {
+                name: buffer_state(buf) for name, buf in buffers.items() if buf is not None
+            },
             "loggers": [[type(logger).__name__, logger.state_dict()] for logger in self.loggers],
             "rng": GlobalRNGState().state_dict(),
             "progress": {
@@ -409,9 +412,9 @@ class OfflineTrainer:
         check_past(self.phases, progress["phases"], progress["updates"] - self.first_update)
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
-        self.buffer.load_state_dict(state_dict["buffers"]["train"])
+        load_buffer_state(self.buffer, state_dict["buffers"]["train"])
         if self.validation_buffer is not None:
-            self.validation_buffer.load_state_dict(state_dict["buffers"]["validation"])
+            load_buffer_state(self.validation_buffer, state_dict["buffers"]["validation"])
         states: dict[str, list[Any]] = {}
         for kind, state in state_dict["loggers"]:
             states.setdefault(kind, []).append(state)
