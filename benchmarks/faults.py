@@ -47,7 +47,7 @@ class Run:
             *(sys.executable, str(ROOT / "examples/mac.py"), "preset=cpu", f"data_dir={data}"),
             *(f"hydra.run.dir={output}", "num_threads=1", "log_interval=10", "video_episodes=0"),
             *("policy_cells=[128,128]", "dynamics_cells=[128,128]", "head_cells=[32]"),
-            *("value_cells=[32]", f"phases=[{flow},{joint}]", "checkpoint_seconds=0.3"),
+            *("value_cells=[32]", f"phases=[{flow},{joint}]", "checkpoint_seconds=0.5"),
             *("eval_episodes=1", "replan_interval=10"),
         ]
 
@@ -155,7 +155,7 @@ def main() -> int:
     """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--updates", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--updates", type=int, default=4000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, default: %(default)s")
     parser.add_argument("--json", action="store_true", help="in one line")
     args = parser.parse_args()

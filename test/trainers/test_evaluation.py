@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -12,7 +16,7 @@ from torchrl.modules import ValueOperator
 
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
-from torchrl_mac.trainers import Evaluator
+from torchrl_mac.trainers import Evaluation, Evaluator
 
 H, A = 4, 2
 
@@ -184,6 +188,86 @@ def test_repeats_and_leaves_training_alone():
     assert evaluator() == first
     evaluator.close()
     assert evaluator() == first
+
+
+class Faulty(Walk):
+    """Fails, dies or hangs in the third episode, the first time or always."""
+
+    def __init__(self, fault, folder, always=False):
+        super().__init__()
+        self.fault, self.folder, self.always = fault, folder, always
+
+    def _reset(self, tensordict=None, **kwargs):
+        out = super()._reset(tensordict, **kwargs)
+        mark = self.folder / "third"
+        if abs(self.at - THIRD) < 1e-6 and (self.always or not mark.exists()):
+            mark.touch()
+            if self.fault == "fail":
+                raise ConnectionError("the simulator is gone")
+            if self.fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        return out
+
+
+def third_start():
+    """Where the third episode of ``seed=3`` begins."""
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=1, seed=3)
+    evaluator()
+    return evaluator._runner._env.base_env._envs[0].seen[-2]
+
+
+THIRD = third_start()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    seen = []
+    monkeypatch.setattr("torchrl_mac.trainers.evaluation.torchrl_logger.warning", seen.append)
+    return seen
+
+
+def test_a_failed_round_is_run_again(tmp_path, warnings):
+    expected = make(0.25, num_episodes=4, num_envs=1, seed=3)[0]()
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=1, seed=3)
+    evaluator._runner.make_env = partial(Faulty, "fail", tmp_path)
+    assert evaluator() == expected
+    assert len(warnings) == 1 and "the simulator is gone" in warnings[0]
+
+
+def test_an_incomplete_evaluation_says_so(tmp_path, warnings):
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=1, seed=3)
+    evaluator._runner.make_env = partial(Faulty, "fail", tmp_path, always=True)
+    metrics = evaluator()
+    assert metrics["missing_episodes"] == 1
+    assert metrics["success_rate"] == 1.0
+    assert "incomplete" in warnings[-1]
+
+
+def test_without_any_episode_there_is_an_error(tmp_path, warnings):
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=4, seed=3)
+    evaluator._runner.make_env = partial(Faulty, "fail", tmp_path, always=True)
+    evaluator._runner.num_envs = 1
+    evaluator.num_episodes = 1
+    seeds = np.random.SeedSequence(3).generate_state(4)
+    evaluator._run_here(int(seeds[2]), None).exception()
+    evaluation = Evaluation({"": [evaluator._run_here(int(seeds[2]), None)]}, 1, 1, None)
+    with pytest.raises(RuntimeError, match=r"No episode could be run: the simulator is gone"):
+        evaluation.result()
+
+
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, fault, warnings):
+    settings = {"num_episodes": 4, "num_envs": 1, "seed": 3}
+    actor = random_actor()
+    expected = Evaluator(Walk, actor, **settings)()
+    make_env = partial(Faulty, fault, tmp_path)
+    evaluator = Evaluator(make_env, actor, num_workers=1, timeout=20, **settings)
+    try:
+        assert evaluator() == expected
+        assert (tmp_path / "third").exists()
+    finally:
+        evaluator.close()
 
 
 @pytest.mark.parametrize(
