@@ -58,20 +58,18 @@ class Run:
             return subprocess.Popen(self.command, stdout=log, stderr=log, env=env)
 
     def checkpoints(self) -> list[Path]:
-        """All checkpoints, oldest first, whole or not."""
+        """All checkpoints, oldest first."""
         return sorted((self.output / "checkpoints").glob("checkpoint-*"))
 
     def whole(self) -> list[str]:
-        """The names of those that are whole; an error if one of them is damaged."""
-        sealed = [path for path in self.checkpoints() if (path / "hashes.json").is_file()]
-        for path in sealed:
+        """The names of all of them; an error if one is not whole."""
+        for path in self.checkpoints():
             SealedCheckpoint.verify(path)
-        return [path.name for path in sealed]
+        return [path.name for path in self.checkpoints()]
 
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written."""
-        staged = any((self.output / "checkpoints").glob(".checkpoint-*.stage-*"))
-        return staged or any(not (path / "hashes.json").exists() for path in self.checkpoints())
+        return any((self.output / "checkpoints").glob(".*.unsealed*"))
 
     def kill(self, process: subprocess.Popen, moment: str, rng: random.Random) -> bool:
         """Kills the run at such a moment; ``False`` if it ended before."""

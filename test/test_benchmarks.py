@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from torchrl_mac.modules import NormedMLP
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 BARE = """
@@ -78,3 +84,26 @@ def test_gpu_script_on_a_bare_cpu_machine(tmp_path):
 
 if __name__ == "__main__":
     pytest.main([__file__])
+
+
+def test_emulated_bf16_is_bf16(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from bf16 import emulated
+    from gpu import noisy_batch
+    from update import SIZES, make_update
+
+    batch = noisy_batch(SIZES["tiny"], 0, torch.device("cpu"))
+    values = {}
+    for precision in ("fp32", "bf16", "emulated"):
+        torch.manual_seed(0)
+        relu = partial(NormedMLP, activation_class=nn.ReLU)
+        monkeypatch.setattr("update.NormedMLP", relu)
+        update = make_update(
+            SIZES["tiny"], torch.device("cpu"), precision=precision.replace("emulated", "bf16")
+        )
+        with emulated() if precision == "emulated" else contextlib.nullcontext():
+            values[precision] = update.losses[-1].imagine(batch)["next", "observation"]
+    real, rounded = values["bf16"].float(), values["emulated"]
+    error = (rounded - real).abs().mean() / (values["fp32"] - real).abs().mean()
+    assert 0 <= error < 0.05  # against what bfloat16 changes
+    assert not torch.equal(values["fp32"], rounded)

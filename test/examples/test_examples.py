@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from torchrl_mac import load_policy
 from torchrl_mac.data import generate_dataset
 from torchrl_mac.trainers.cli import main as eval_main
 
@@ -159,6 +161,14 @@ def test_several_tasks_at_once(data, tmp_path):
     assert list(summary["success_rates"]) == names
     assert summary["updates"] == 20  # of what all tasks share, then of each task's own
     assert summary["train_seconds"] > 0
+    assert [load_policy(tmp_path / "run/policies" / name).chunk_size for name in names] == [10, 10]
+    weights = [(tmp_path / f"run/policies/{k}/policy.safetensors").read_bytes() for k in names]
+    for folder in (tmp_path / "run/checkpoints/own").iterdir():
+        shutil.rmtree(folder)  # as if killed at the end of what is shared
+    result = run(data, tmp_path / "run", *overrides, example="mac_multitask")
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = [(tmp_path / f"run/policies/{k}/policy.safetensors").read_bytes() for k in names]
+    assert again == weights
 
 
 @pytest.mark.slow
@@ -167,10 +177,18 @@ def test_two_processes(data, tmp_path):
     phases = [phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     overrides = [f"phases=[{','.join(phases)}]", "device=cpu", "replan_interval=10"]
+    overrides += ["checkpoint_interval=3", "keep_checkpoints=3"]
     result = run(data, tmp_path / "run", *overrides, launcher=launcher)
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["updates"] == 10
+    # Killed while the second process was writing: all go on with what all have.
+    weights = (tmp_path / "run/policy/policy.safetensors").read_bytes()
+    (tmp_path / "run/checkpoints-rank1/checkpoint-000000000010/hashes.json").unlink()
+    result = run(data, tmp_path / "run", *overrides, launcher=launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Going on after 9 updates") == 2
+    assert (tmp_path / "run/policy/policy.safetensors").read_bytes() == weights
     assert len(list((tmp_path / "run/logs/scalars/train").glob("loss_*.csv"))) == len(TERMS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.data import ReplayBuffer
 
-from torchrl_mac.data.files import DamagedError, seal, verify
+from torchrl_mac.data.files import DamagedError, seal, sync, verify
 from torchrl_mac.modules.export import write_policy
 
 __all__ = [
@@ -74,18 +76,25 @@ class SealedCheckpoint(Checkpoint):
         format: Any = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Saves the components into a folder, syncs it, and seals it."""
+        """Saves the components into a folder that appears when it is synced and sealed."""
         if (self.format if format is None else format) != "directory":
             raise ValueError("A sealed checkpoint is a folder: format must be 'directory'.")
-        folder = super().save(
-            path, components=components, component_options=component_options, metadata=metadata
-        )
+        path = Path(path).absolute()
+        aside, old = (path.with_name(f".{path.name}.{part}") for part in ("unsealed", "old"))
         try:
-            seal(folder)
-        except BaseException:
-            self._remove_path(folder)
-            raise
-        return folder
+            super().save(
+                aside, components=components, component_options=component_options, metadata=metadata
+            )
+            seal(aside)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(aside, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+        return path
 
     def load(self, path: str | Path, **kwargs: Any) -> CheckpointLoadResult:
         """Verifies all files and restores the components."""

@@ -198,6 +198,8 @@ class OfflineTrainer:
                     compiled &= training.update.is_compiled
                     self.skipped_updates += training.update.guard.read()["skipped"]
                     self._training = None
+            if self._restored:  # of a finished run: what follows it draws on
+                GlobalRNGState().load_state_dict(self._restored["rng"])
             stop.interruptible(self._wait_for_evaluations)
             self._leave_if(stop)
         result = {
