@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -158,6 +160,24 @@ class TestTrainer:
         assert result["updates"] == 10
         assert any("2 updates were not finite" in text for text in seen)
         assert all(value.isfinite().all() for value in parameters(trainer).values())
+
+    @pytest.mark.parametrize("killed_after", [3, 4, 7])
+    def test_the_count_outlives_the_process(self, tmp_path, killed_after):
+        def run(updates=None):
+            checkpoints = RunCheckpoints(tmp_path / "checkpoints", interval=1)
+            trainer = make_trainer(PHASES, checkpoints=checkpoints, max_skipped=9)
+            trainer.resume()
+            self.poison(trainer, 1, 6)
+            if updates is not None:
+                step = trainer.checkpoints.save
+                trainer.checkpoints.save = lambda n, state, **_: (
+                    step(n, state, wait=True) and (n < updates or sys.exit())
+                )
+            return trainer.train()
+
+        with pytest.raises(SystemExit):
+            run(killed_after)
+        assert run()["skipped_updates"] == 5
 
     def test_many_in_a_row_end_it_with_a_diagnosis(self, tmp_path):
         checkpoints = RunCheckpoints(tmp_path / "checkpoints", interval=1, keep_last=99)

@@ -278,6 +278,7 @@ class OfflineTrainer:
         if state:
             if done:
                 training.load_state_dict(state["training"])
+                self.skipped_updates -= training.update.guard.read()["skipped"]
             GlobalRNGState().load_state_dict(state["rng"])
 
     def _log_losses(
@@ -383,6 +384,7 @@ class OfflineTrainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of training depends on, target networks and random numbers included."""
         buffers = {"train": self.buffer, "validation": self.validation_buffer}
+        skipped = self._training.update.guard.read()["skipped"] if self._training else 0
         return {
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "training": self._training.state_dict() if self._training else {},
@@ -393,7 +395,7 @@ class OfflineTrainer:
             "rng": GlobalRNGState().state_dict(),
             "progress": {
                 "updates": self.updates,
-                "skipped_updates": self.skipped_updates,
+                "skipped_updates": self.skipped_updates + skipped,
                 "train_seconds": self.train_seconds,
                 "phases": [[phase.name, phase.num_updates] for phase in self.phases],
                 "evaluation_due": self._evaluation_due,
