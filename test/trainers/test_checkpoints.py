@@ -282,7 +282,11 @@ class TestRunCheckpoints:
 
     def test_what_was_being_written_is_swept_away(self, tmp_path):
         checkpoints = self.save(tmp_path, 1)
-        (tmp_path / ".checkpoint-000000000002.stage-abc/components").mkdir(parents=True)
+        for name in (
+            "..checkpoint-000000000002.unsealed.stage-abc",
+            ".checkpoint-000000000002.old",
+        ):
+            (tmp_path / name / "components").mkdir(parents=True)
         assert checkpoints.load()[0].name[-1] == "1"
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000001"]
 

@@ -285,7 +285,7 @@ class _Rotation(CheckpointRotation):
 
     def sweep(self) -> None:
         """Removes what was being written or removed when a run was killed."""
-        for path in self.directory.glob(f".{self.prefix}-*"):
+        for path in self.directory.glob(f".*{self.prefix}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, path: Path, reason: str) -> None:
