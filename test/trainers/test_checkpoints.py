@@ -290,6 +290,16 @@ class TestRunCheckpoints:
         assert checkpoints.load()[0].name[-1] == "1"
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000001"]
 
+    def test_what_was_being_replaced_comes_back(self, tmp_path):
+        newest = self.save(tmp_path, 1).paths()[0]
+        newest.rename(tmp_path / f".{newest.name}.old")
+        assert RunCheckpoints(tmp_path).load()[0] == newest
+
+    def test_the_same_step_twice(self, tmp_path):
+        checkpoints = self.save(tmp_path, 1, 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000001"]
+        assert checkpoints.load() is not None
+
     @pytest.mark.parametrize("when", ["tensors", "seal"])
     def test_a_full_disk_keeps_the_old_one_and_training_goes_on(
         self, tmp_path, warnings, monkeypatch, when

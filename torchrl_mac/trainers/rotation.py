@@ -284,7 +284,11 @@ class _Rotation(CheckpointRotation):
         return tuple(removed)
 
     def sweep(self) -> None:
-        """Removes what was being written or removed when a run was killed."""
+        """Tidies up after a run that was killed while it wrote, replaced or removed something."""
+        for path in self.directory.glob(f".{self.prefix}-*.old"):
+            replaced = path.with_name(path.name[1 : -len(".old")])
+            if not replaced.exists():
+                os.replace(path, replaced)
         for path in self.directory.glob(f".*{self.prefix}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
