@@ -284,7 +284,7 @@ class TestRunCheckpoints:
         checkpoints = self.save(tmp_path, 1)
         for name in (
             "..checkpoint-000000000002.unsealed.stage-abc",
-            ".checkpoint-000000000002.old",
+            ".checkpoint-000000000002.removed",
         ):
             (tmp_path / name / "components").mkdir(parents=True)
         assert checkpoints.load()[0].name[-1] == "1"
