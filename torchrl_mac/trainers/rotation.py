@@ -52,6 +52,7 @@ class RunCheckpoints:
 
     Raises:
         ValueError: if a number is out of range.
+        TypeError: if a part of ``actor`` is of a class that cannot be described.
 
     Examples:
         >>> import tempfile
@@ -85,6 +86,8 @@ class RunCheckpoints:
             raise ValueError(f"interval_seconds must be positive, got {interval_seconds}.")
         self.folder = Path(folder).absolute()
         self.actor = actor
+        if actor is not None:
+            describe_policy(actor)  # or an error, before training
         self.config = dict(config or {})
         self.fixed = list(fixed)
         self.keep_best = keep_best
@@ -128,6 +131,7 @@ class RunCheckpoints:
             ``False`` if the checkpoint is known to have failed.
         """
         self.wait()
+        self._last_time = time.monotonic()
         if not is_finite(state):
             torchrl_logger.warning(
                 f"No checkpoint after {updates} updates: the state is not finite."
@@ -135,7 +139,6 @@ class RunCheckpoints:
             return False
         copy = on_host(dict(state))
         policy = None if self.actor is None else describe_policy(self.actor, **self.config)
-        self._last_time = time.monotonic()
         self._writing = self._thread.submit(self._write, updates, copy, policy)
         return self.wait() if wait else True
 
