@@ -101,16 +101,19 @@ def test_mac(data, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
     phase = "{{name: {}, losses: [{}], num_updates: {}, batch_size: 8}}"
-    phases = [phase.format("flow", "loss_flow", 300), phase.format("joint", ",".join(TERMS), 20)]
+    phases = [phase.format("flow", "loss_flow", 600), phase.format("joint", ",".join(TERMS), 20)]
     overrides = [f"phases=[{','.join(phases)}]", "log_interval=20", "replan_interval=10"]
+    overrides += ["checkpoint_interval=50", "wandb=offline"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(data, whole, *overrides).returncode == 0
-    with start(data, parts, *overrides) as process:
-        rows = parts / "logs/scalars/train/loss_flow.csv"
-        while not rows.is_file() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        before = newest(parts)
+        with start(data, parts, *overrides) as process:
+            while newest(parts) == before and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(number)
+            process.communicate()
+            assert process.returncode == code
     result = run(data, parts, *overrides, "value_cells=[8]")
     assert result.returncode == 1
     assert "cannot go on with another value_cells: [16] -> [8]" in result.stderr
@@ -122,6 +125,13 @@ def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
     first, again = (json.loads((p / "summary.json").read_text()) for p in (whole, parts))
     assert first["success_rate"] == again["success_rate"]
+    assert first["updates"] == again["updates"] == 620
+    ids = {path.name.split("-")[-1] for path in (parts / "wandb").glob("offline-run-*")}
+    assert ids == {json.loads((parts / "run.json").read_text())["id"]}
+
+
+def newest(folder):
+    return max(folder.glob("checkpoints/checkpoint-*"), default=None)
 
 
 @pytest.mark.slow
