@@ -48,6 +48,7 @@ from torchrl_mac.modules import (
 from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 from torchrl_mac.trainers import (
     Evaluator,
+    JSONLinesLogger,
     OfflineTrainer,
     Phase,
     RunCheckpoints,
@@ -217,8 +218,8 @@ def make_losses(
 
 
 def make_loggers(cfg: DictConfig, run: RunFolder) -> list[Logger]:
-    """CSV files and, if wanted, Weights & Biases."""
-    loggers: list[Logger] = [CSVLogger("logs", log_dir=str(run.path))]
+    """CSV files, lines of JSON and, if wanted, Weights & Biases."""
+    loggers: list[Logger] = [kind("logs", str(run.path)) for kind in (CSVLogger, JSONLinesLogger)]
     if cfg.wandb != "disabled":
         offline = cfg.wandb == "offline"
         settings = {"save_dir": str(run.path), "project": cfg.project, "id": run.id}

@@ -119,7 +119,9 @@ def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
     assert "cannot go on with another value_cells: [16] -> [8]" in result.stderr
     result = run(data, parts, *overrides)
     assert result.returncode == 0, result.stderr[-3000:]
-    for path in (whole / "logs").rglob("*.csv"):
+    files = [*(whole / "logs").rglob("*.csv"), whole / "logs/metrics.jsonl"]
+    assert len(files) > 10
+    for path in files:
         assert (parts / path.relative_to(whole)).read_text() == path.read_text()
     weights = "policy/policy.safetensors"
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()

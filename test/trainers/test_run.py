@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from test_checkpoints import PHASES, rows, same, trained
 from test_trainer import OBS, TERMS, A, H, make_trainer, parameters
 from torchrl.record import CSVLogger
 
 from torchrl_mac.data import ActionChunkExperienceReplay
-from torchrl_mac.trainers import Phase, RunCheckpoints, RunFolder, rewind
+from torchrl_mac.trainers import JSONLinesLogger, Phase, RunCheckpoints, RunFolder, rewind
 from torchrl_mac.trainers.signals import StopSignals
 
 
@@ -186,6 +187,28 @@ class TestRewind:
         again.log_scalar("a/x", 5.0, step=2)
         assert rows(tmp_path)["a/x.csv"] == "1,1.0\n2,5.0\n"
         assert [tuple(point) for point in again.experiment.scalars["a/x"]] == [(1, 1.0), (2, 5.0)]
+
+    def test_lines_of_json(self, tmp_path):
+        logger = JSONLinesLogger("logs", str(tmp_path))
+        logger.log_metrics({"a": torch.tensor(1.5), "b/c": 2}, step=1)
+        logger.log_scalar("a", float("inf"), step=2)
+        state = json.loads(json.dumps(logger.state_dict()))
+        logger.log_metrics(TensorDict(d=TensorDict(e=torch.ones(()))).flatten_keys("/"), step=3)
+        path = tmp_path / "logs/metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{"step": 1, "a": 1.5, "b/c": 2.0}, {"step": 2, "a": None}]
+        assert lines == [*kept, {"step": 3, "d/e": 1.0}]
+        with path.open("a") as file:
+            file.write('{"step": 4, "hal')  # a line that was being written
+        again = JSONLinesLogger("logs", str(tmp_path))
+        rewind(again, state)
+        again.log_scalar("a", 3.5, step=3)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert lines == [*kept, {"step": 3, "a": 3.5}]
+        rewind(again)
+        assert path.read_text() == ""
+        with pytest.raises(NotImplementedError, match="Videos are not lines"):
+            again.log_video("v", torch.zeros(1))
 
     def test_to_nothing(self, tmp_path):
         CSVLogger("logs", log_dir=str(tmp_path)).log_scalar("a", 1.0, step=1)

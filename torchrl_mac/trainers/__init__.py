@@ -4,7 +4,7 @@ from torchrl_mac.trainers.checkpoint import SealedCheckpoint
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.evaluation import Evaluation, Evaluator
 from torchrl_mac.trainers.guard import NonFiniteError
-from torchrl_mac.trainers.logs import rewind
+from torchrl_mac.trainers.logs import JSONLinesLogger, rewind
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, versions, write_summary, write_video
 from torchrl_mac.trainers.rotation import RunCheckpoints
@@ -15,6 +15,7 @@ from torchrl_mac.trainers.update import LossUpdate, Precision
 __all__ = [
     "Evaluation",
     "Evaluator",
+    "JSONLinesLogger",
     "LossUpdate",
     "NonFiniteError",
     "OfflineTrainer",
