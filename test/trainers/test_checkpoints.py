@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import torch
 from test_trainer import TERMS, make_trainer, parameters
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError
+from torchrl.objectives import HardUpdate
 from torchrl.record import CSVLogger
 
 from torchrl_mac.trainers import (
@@ -101,6 +103,30 @@ class TestResume:
             trained(tmp_path / "parts", killed_after)
         assert same(parameters(whole), parameters(trained(tmp_path / "parts")))
         assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+    def test_a_target_that_moves_now_and_then(self, tmp_path):
+        def run(folder, updates=None):
+            torch.manual_seed(0)
+            trainer = make_trainer(
+                [Phase("values", ["loss_value", "loss_qvalue"], 7, 8, lr=1e-2)],
+                checkpoints=RunCheckpoints(folder, interval=1),
+            )
+            loss = trainer.losses["loss"]
+            trainer.target_updater = HardUpdate(loss, value_network_update_interval=3)
+            trainer.resume()
+            step = trainer.checkpoints.save
+            trainer.checkpoints.save = lambda n, state, **_: (
+                step(n, state, wait=True) and (n != updates or sys.exit())
+            )
+            try:
+                trainer.train()
+            except SystemExit:
+                return None
+            return parameters(trainer)
+
+        whole = run(tmp_path / "whole")
+        run(tmp_path / "parts", 2)
+        assert same(whole, run(tmp_path / "parts"))
 
     def test_without_a_checkpoint_the_logs_begin_anew(self, tmp_path):
         trained(tmp_path, 3, checkpoints=RunCheckpoints(tmp_path / "checkpoints"))

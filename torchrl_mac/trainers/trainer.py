@@ -397,6 +397,7 @@ class OfflineTrainer:
                 "updates": self.updates,
                 "skipped_updates": self.skipped_updates + skipped,
                 "train_seconds": self.train_seconds,
+                "target_counter": getattr(self.target_updater, "counter", None),  # HardUpdate
                 "phases": [[phase.name, phase.num_updates] for phase in self.phases],
                 "evaluation_due": self._evaluation_due,
                 "evaluations": [
@@ -428,5 +429,7 @@ class OfflineTrainer:
         self.updates = progress["updates"]
         self.skipped_updates = progress["skipped_updates"]
         self.train_seconds = progress["train_seconds"]
+        if progress["target_counter"] is not None:
+            vars(self.target_updater)["counter"] = progress["target_counter"]
         self._evaluation_due = progress["evaluation_due"]
         self._restored = {**state_dict, "evaluations": progress["evaluations"]}
