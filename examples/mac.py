@@ -298,7 +298,10 @@ def main(cfg: DictConfig) -> None:
             **{name: cfg[name] for name in SWITCHES},
             distributed=torch.distributed.is_initialized(),
         )
-        trainer.resume(run.checkpoint)
+        chosen = run.checkpoint
+        if chosen is not None and not first:  # its own beside the first one's
+            chosen = chosen.parent.with_name(name) / chosen.name
+        trainer.resume(chosen)
         result = trainer.train()
         if first:
             report(cfg, run, buffer, actor, evaluator, loggers[0], result)
@@ -330,7 +333,8 @@ def report(
     plot_curves(run.path / "curves.png", logger)
     if cfg.video_episodes:
         try:
-            make_env = partial(OGBenchEnv, cfg.dataset, from_pixels=True)
+            device = next(actor.parameters()).device
+            make_env = partial(OGBenchEnv, cfg.dataset, device=device, from_pixels=True)
             frames = evaluator.record(make_env, cfg.video_episodes)
             write_video(run.path / "evaluation.mp4", frames)
         except (ImportError, RuntimeError) as error:  # no renderer: the result stands without it
