@@ -59,6 +59,7 @@ def start(data, output, *overrides, example="mac", launcher=(), flags=()):
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([str(part) for part in command], **pipes, env=env, cwd=data)
 
 

@@ -109,6 +109,13 @@ class TestSettings:
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def _heeded(self):
+        """Tests that run in the background may have been told to ignore Ctrl-C."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_the_run_stops_after_the_update_and_goes_on_later(self, tmp_path, number, code):
         whole = trained(tmp_path / "whole")
@@ -158,6 +165,13 @@ class TestSignals:
             signal.raise_signal(signal.SIGINT)
             assert stop and stop.exit_code == 130
             signal.raise_signal(signal.SIGINT)
+
+    def test_what_is_ignored_stays_ignored(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
     def test_in_another_thread(self):
         def run():

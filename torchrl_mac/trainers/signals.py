@@ -22,8 +22,9 @@ class _Stopped(BaseException):
 class StopSignals:
     """Notes SIGINT and SIGTERM, which would otherwise end the process anywhere.
 
-    A second signal of the same kind does what it always does. Only the main thread of a process
-    can note signals; in another this does nothing.
+    A second signal of the same kind does what it always does, and one that is ignored, as under
+    ``nohup``, stays ignored. Only the main thread of a process can note signals; in another this
+    does nothing.
 
     Examples:
         >>> import signal
@@ -43,8 +44,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self._SIGNALS}
-            for number in self._SIGNALS:
+            before = {number: signal.getsignal(number) for number in self._SIGNALS}
+            self._before = {n: old for n, old in before.items() if old != signal.SIG_IGN}
+            for number in self._before:
                 signal.signal(number, self._note)
         return self
 
