@@ -60,7 +60,9 @@ def test_a_bad_batch_changes_nothing(value):
 
 def test_compiled():
     torch._dynamo.reset()
-    update = make_update(width=4, compile=EAGER)
+    model = make_update().losses[1]  # one loss is traced in seconds
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    update = LossUpdate([model], optimizer, compile=EAGER)
     update(batch(0))
     before = everything(update)
     with torch._dynamo.config.patch(error_on_recompile=True):
