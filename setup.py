@@ -42,7 +42,7 @@ setup(
     entry_points={
         "console_scripts": [
             "torchrl-mac-data=torchrl_mac.data.cli:main",
-            "torchrl-mac-eval=torchrl_mac.trainers.cli:main",
+            "torchrl-mac-eval=torchrl_mac.evaluate:main",
         ]
     },
 )

@@ -15,7 +15,7 @@ import pytest
 
 from torchrl_mac import load_policy
 from torchrl_mac.data import generate_dataset
-from torchrl_mac.trainers.cli import main as eval_main
+from torchrl_mac.evaluate import main as eval_main
 
 ROOT = Path(__file__).parents[2]
 TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]

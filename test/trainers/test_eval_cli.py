@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ctypes.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,9 +11,9 @@ import pytest
 import torch
 from torchrl.modules import ValueOperator
 
+from torchrl_mac.evaluate import main
 from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy, save_policy
 from torchrl_mac.trainers import RunCheckpoints
-from torchrl_mac.trainers.cli import main
 
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
 
@@ -75,5 +78,12 @@ def test_errors(tmp_path, capsys):
     assert main(["--nonsense"]) == 2
 
 
-def test_it_is_installed():
-    assert Path(sys.executable).with_name("torchrl-mac-eval").is_file()
+@pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs an off-screen renderer")
+def test_the_program_renders_off_screen():
+    program = Path(sys.executable).with_name("torchrl-mac-eval")
+    assert "torchrl_mac.evaluate" in program.read_text()
+    code = "import torchrl_mac.evaluate; from mujoco import GLContext; print(GLContext.__module__)"
+    env = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert result.stdout.split()[-1] == "mujoco.egl"

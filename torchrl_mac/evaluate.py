@@ -9,16 +9,15 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL
+if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL, below
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 from torchrl_mac.data import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import load_policy, policy_metadata, save_policy
-from torchrl_mac.trainers.evaluation import Evaluator
-from torchrl_mac.trainers.report import write_video
+from torchrl_mac.trainers import Evaluator, write_video
 
 __all__ = ["main"]
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (list of str, optional): the arguments. Default: those of the process.
 
     Returns:
-        int: the exit code: 0, 2 for wrong usage, values or files, 1 if episodes failed.
+        int: the exit code: 0, 2 for wrong usage, values or files, 1 if episodes or a video failed.
 
     Examples:
         >>> main(["--help"])  # doctest: +ELLIPSIS
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     try:
-        sys.stdout.write(json.dumps(_evaluate(args), indent=1) + "\n")
+        _evaluate(args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         return _fail(error, 2)
     except RuntimeError as error:
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def _evaluate(args: argparse.Namespace) -> None:
     which: Literal["newest", "best"] = "best" if args.best else "newest"
     actor = load_policy(args.checkpoint, which=which, device=args.device)
     settings = policy_metadata(args.checkpoint, which=which)
@@ -99,13 +98,13 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     try:
-        metrics = evaluator()
+        metrics = {"task": task, "episodes": args.episodes, "seed": args.seed, **evaluator()}
+        sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
         if args.video is not None:
             make_env = partial(OGBenchEnv, name, device=args.device, from_pixels=True)
             write_video(args.video, evaluator.record(make_env, args.video_episodes))
     finally:
         evaluator.close()
-    return {"task": task, "episodes": args.episodes, "seed": args.seed, **metrics}
 
 
 def _fail(error: Exception, code: int) -> int:
