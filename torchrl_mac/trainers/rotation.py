@@ -263,8 +263,8 @@ class _Rotation(CheckpointRotation):
         return read_json(self._scores) if self._scores.is_file() else {}
 
     def best(self) -> Path | None:
-        scores = {path: self.scores().get(path.name) for path in self.checkpoints()}
-        known = {path: score for path, score in scores.items() if score is not None}
+        scores = self.scores()
+        known = {path: scores[path.name] for path in self.checkpoints() if path.name in scores}
         return max(known, key=lambda path: (known[path], path.name)) if known else None
 
     def record(self, step: int, score: float) -> None:
