@@ -20,24 +20,25 @@ import time
 from pathlib import Path
 
 import torch
+from assembly import Size, make_mac
 from torchrl.objectives import SoftUpdate
-from update import SIZES, Size, make_buffer, make_losses
+from update import SIZES, make_buffer
 
-from torchrl_mac.trainers import OfflineTrainer, Phase, RunCheckpoints
+from torchrl_mac.trainers import Phase, PhaseTrainer, RunCheckpoints
 
 
 def measure(size: Size, folder: Path, repeats: int) -> dict[str, float]:
     """Medians over several checkpoints of a run after its first update."""
     device = torch.device("cpu")
-    losses = dict(zip(("behaviour", "world_model", "values"), make_losses(size, device)))
+    losses = make_mac(size, device)
     terms = [term for loss in losses.values() for term in loss.out_keys]
     checkpoints = RunCheckpoints(folder, actor=losses["values"].actor_network)
     waits, writes, mebibytes = [], [], []
-    trainer = OfflineTrainer(
+    trainer = PhaseTrainer(
         losses,
         make_buffer(size, device),
         [Phase("joint", terms, 1, size.batch)],
-        target_updater=SoftUpdate(losses["values"], tau=0.005),
+        target_updaters=SoftUpdate(losses["values"], tau=0.005),
         evaluate=lambda: measured(),
         progress_bar=False,
     )

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict
-from update import ACTION, CHUNK, OBSERVATION, SIZES, Size, make_update, measure
+from assembly import Size, make_batch
+from update import SIZES, make_update, measure
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed")
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 5e-2, "bf16-mixed": 5e-2}
@@ -39,37 +39,15 @@ def variants(device: torch.device, quick: bool) -> list[dict]:
     ]
 
 
-def noisy_batch(size: Size, seed: int, device: torch.device) -> TensorDict:
-    """A random batch with all noise in it."""
-    g = torch.Generator().manual_seed(seed)
-    D = CHUNK * ACTION
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(size.batch, *shape, generator=g)
-
-    batch = TensorDict(
-        observation=randn(OBSERVATION),
-        action=randn(CHUNK, ACTION).clamp(-1, 1),
-        noise=randn(size.horizon, size.candidates, D),
-        flow_noise=randn(D),
-        flow_time=torch.rand(size.batch, 1, generator=g),
-        distillation_noise=randn(D),
-        next=TensorDict(
-            observation=randn(OBSERVATION),
-            reward=randn(1),
-            terminated=torch.zeros(size.batch, 1, dtype=torch.bool),
-        ),
-    )
-    return batch.auto_batch_size_(1).to(device)
-
-
 def parameters_after(size: Size, device: torch.device, **switches) -> torch.Tensor:
     """All parameters after three updates."""
     torch.manual_seed(0)
     update = make_update(size, device, **switches)
     for seed in range(3):
-        update(noisy_batch(size, seed, device))
-    parameters = [p.detach().flatten() for loss in update.losses for p in loss.parameters()]
+        update(make_batch(size, seed=seed).to(device))
+    parameters = [
+        p.detach().flatten() for loss in update.losses.values() for p in loss.parameters()
+    ]
     return torch.cat(parameters).cpu()
 
 
@@ -82,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     presets = ["tiny"] if args.quick else ["paper", "small"]
-    check = SIZES["tiny"] if args.quick else Size(256, 256, 4)
+    check = SIZES["tiny"] if args.quick else Size()
     reference = parameters_after(check, args.device)
     rows, skipped = [], []
     for preset, switches in itertools.product(presets, variants(args.device, args.quick)):

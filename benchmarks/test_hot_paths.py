@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from update import SIZES, make_buffer, make_losses, make_update
+from assembly import make_mac
+from update import SIZES, make_buffer, make_update
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
@@ -23,7 +24,7 @@ def test_sample(benchmark):
 
 
 def test_act(benchmark, batch):
-    actor = make_losses(TINY, CPU)[-1].actor_network
+    actor = make_mac(TINY, CPU)["values"].actor_network
     state = batch.select("observation")
     with torch.no_grad():
         acted = benchmark(lambda: actor(state.copy()))
@@ -31,7 +32,7 @@ def test_act(benchmark, batch):
 
 
 def test_imagine(benchmark, batch):
-    rollout = benchmark(make_losses(TINY, CPU)[-1].imagine, batch)
+    rollout = benchmark(make_mac(TINY, CPU)["values"].imagine, batch)
     assert rollout.shape == (TINY.batch, TINY.horizon)
 
 

@@ -21,7 +21,6 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
@@ -29,7 +28,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.data import TensorDictReplayBuffer
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 try:
@@ -41,75 +39,38 @@ except ImportError:  # a bare machine: there are no progress bars and no exports
         vars(stub).update(dict.fromkeys([*parts, "__spec__"], object()))
         sys.modules.setdefault(name, stub)
 
+from assembly import Size, make_mac
+
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
-from torchrl_mac.modules import (
-    ChunkedWorldModel,
-    FlowMatchingPolicy,
-    FlowRejectionActor,
-    NormedMLP,
-    OneStepPolicy,
-)
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
-from torchrl_mac.trainers import LossUpdate
+from torchrl_mac.trainers import LossUpdate, make_adam
 
-OBSERVATION, ACTION, CHUNK = 28, 5, 10
-
-
-@dataclass
-class Size:
-    """What makes an update large."""
-
-    width: int
-    batch: int
-    candidates: int
-    horizon: int = 10
-    flow_steps: int = 10
-
-
-SIZES = {"small": Size(256, 256, 4), "paper": Size(1024, 1024, 8), "tiny": Size(32, 16, 2, 2, 1)}
-
-
-def make_losses(size: Size, device: torch.device) -> list:
-    """The losses of MAC with the reference implementation's networks."""
-    D, cells = CHUNK * ACTION, [size.width] * 4
-
-    def network(inputs: int, outputs: int) -> NormedMLP:
-        return NormedMLP(inputs, outputs, cells, device=device)
-
-    flow = FlowMatchingPolicy(network(OBSERVATION + D + 1, D), D, size.flow_steps).to(device)
-    policy = OneStepPolicy(network(OBSERVATION + D, D), D).to(device)
-    model = ChunkedWorldModel(*(network(OBSERVATION + D, out) for out in (OBSERVATION, 1, 1)))
-    value = ValueOperator(network(OBSERVATION, 1))
-    qvalue = ValueOperator(network(OBSERVATION + D, 1), in_keys=["observation", "action"])
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=size.candidates, chunk_size=CHUNK)
-    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=size.horizon)
-    values.make_value_estimator(gamma=0.999, lmbda=1.0)
-    return [FlowBCLoss(flow, policy), ChunkedWorldModelLoss(model), values]
+SIZES = {
+    "small": Size((256,) * 4, 256, 4),
+    "paper": Size((1024,) * 4, 1024, 8),
+    "tiny": Size((32,) * 4, 16, 2, horizon=2, flow_steps=1),
+}
 
 
 def make_update(size: Size, device: torch.device, **switches) -> LossUpdate:
     """An update with Adam and a target network."""
-    losses = make_losses(size, device)
-    parameters = [parameter for loss in losses for parameter in loss.parameters()]
-    capturable = bool(switches.get("cudagraphs"))
-    lr = torch.tensor(3e-4, device=device) if capturable else 3e-4
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=capturable)
-    return LossUpdate(losses, optimizer, SoftUpdate(losses[-1], tau=0.005), **switches)
+    losses = make_mac(size, device)
+    optimizer = make_adam(losses, 3e-4, capturable=bool(switches.get("cudagraphs")))
+    return LossUpdate(losses, optimizer, SoftUpdate(losses["values"], tau=0.005), **switches)
 
 
 def make_buffer(size: Size, device: torch.device, rows: int = 20_000) -> TensorDictReplayBuffer:
     """Random episodes of 100 rows, held on the device."""
     flag = torch.zeros(rows, 1, dtype=torch.bool)
     columns = TensorDict(
-        observation=torch.randn(rows, OBSERVATION),
-        action=torch.rand(rows, ACTION) * 2 - 1,
+        observation=torch.randn(rows, size.observation),
+        action=torch.rand(rows, size.action) * 2 - 1,
         episode=torch.arange(rows) // 100,
         next=TensorDict(reward=torch.randn(rows, 1), terminated=flag),
     )
     columns.auto_batch_size_(1)
     return TensorDictReplayBuffer(
         storage=ActionChunkStorage(columns, gamma=0.999, device=device),
-        sampler=ActionChunkSampler(CHUNK),
+        sampler=ActionChunkSampler(size.chunk),
         batch_size=size.batch,
     )
 
@@ -153,7 +114,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 
 def breakdown(update: LossUpdate, buffer, repeats: int, device: torch.device) -> dict[str, float]:
     """Medians of an update's parts, each timed alone."""
-    batch, values = buffer.sample(), update.losses[-1]
+    batch, values = buffer.sample(), update.losses["values"]
     imagine = torch.compile(values.imagine) if update.is_compiled else values.imagine
     graph: list[torch.Tensor] = []
 
@@ -162,7 +123,8 @@ def breakdown(update: LossUpdate, buffer, repeats: int, device: torch.device) ->
         graph.pop().backward()
 
     def step() -> None:
-        update.target_updater.step()
+        for updater in update.target_updaters:
+            updater.step()
         update.optimizer.step()
 
     parts = {

@@ -5,171 +5,159 @@
 
 Behaviour and dynamics know nothing of rewards. They are learned once; reward, termination, V and Q
 are then learned on top of them for all tasks together, as stacked networks in one batched pass.
-Settings are those of mac.py, and `task_ids` (configs/mac_multitask.yaml).
+Settings are those of mac.py, and those in configs/mac/mac_multitask.yaml.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack, closing
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 import hydra
 import torch
-from mac import (
-    SWITCHES,
-    begin,
-    is_goal_conditioned,
-    make_buffer,
-    make_checkpoints,
-    make_evaluator,
-    make_loggers,
-    make_losses,
-    settings_of,
-)
-from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDictBase
+from omegaconf import DictConfig
 from torchrl._utils import logger as torchrl_logger
+from torchrl.envs import RewardScaling
 from torchrl.modules import ValueOperator
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 
-from torchrl_mac.data import OGBenchExperienceReplay
-from torchrl_mac.modules import FlowRejectionActor, save_policy
-from torchrl_mac.trainers import (
-    OfflineTrainer,
-    Phase,
-    RunCheckpoints,
-    RunFolder,
-    plot_curves,
-    write_summary,
+from torchrl_mac.data import OGBenchExperienceReplay, StackedReplayBuffer
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    FlowRejectionActor,
+    NormedMLP,
+    OneStepPolicy,
+    StackedMLP,
 )
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
+from torchrl_mac.trainers.experiment import Experiment
 
 SHARED = {"loss_flow", "loss_distillation", "loss_dynamics"}
 OWN = {"loss_reward", "loss_termination", "loss_value", "loss_qvalue"}
 
 
-class TaskBuffers:
-    """One buffer for each task, sampled together: batches are ``[tasks, B]``."""
-
-    def __init__(self, buffers: list[OGBenchExperienceReplay]) -> None:
-        self.buffers = buffers
-
-    def sample(self, batch_size: int) -> TensorDictBase:
-        """As a replay buffer."""
-        return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """As a replay buffer."""
-        return [buffer.state_dict() for buffer in self.buffers]
-
-    def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
-        """As a replay buffer."""
-        for buffer, state in zip(self.buffers, state_dict, strict=True):
-            buffer.load_state_dict(state)
-
-
-def select(phases: list[Phase], terms: set[str], batch_scale: float = 1.0) -> list[Phase]:
-    """The phases with these terms alone, and batches of another size."""
-    return [
-        dataclasses.replace(
-            phase,
-            losses=losses,
-            batch_size=max(1, round(batch_scale * phase.batch_size)),
-            eval_interval=0,
-        )
-        for phase in phases
-        if (losses := [term for term in phase.losses if term in terms])
-    ]
-
-
-@hydra.main(config_path="../configs", config_name="mac_multitask", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Trains, evaluates each task, and leaves summary.json and curves.png behind."""
-    _, device, output = begin(cfg)
-    if is_goal_conditioned(cfg):
-        raise ValueError(
-            f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "
-            "each task has its own: choose a single-task configuration (task=cube-single)."
-        )
-    if torch.distributed.is_initialized():
-        raise ValueError("mac_multitask.py trains in one process: start it without torchrun.")
-    tasks = [OmegaConf.merge(cfg, {"task_id": task_id}) for task_id in cfg.task_ids]
-    train, validation = (
-        TaskBuffers([make_buffer(task, device, split) for task in tasks])
-        for split in ("train", "val")
+def make_buffer(cfg: DictConfig, run: Experiment, split: str, task: str) -> OGBenchExperienceReplay:
+    """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}), with the rewards of a task."""
+    mean = RewardScaling(loc=0.0, scale=1 / cfg.chunk_size, in_keys=[("next", "reward")])
+    return run.dataset(
+        split,
+        dataset=task,
+        chunk_size=cfg.chunk_size,
+        gamma=cfg.gamma,
+        ignore_terminated=cfg.ignore_terminated,
+        transforms=[mean] if cfg.average_rewards else [],
     )
-    losses, actor = make_losses(cfg, train.buffers[0], device, num_tasks=len(tasks))
-    phases = [Phase(**phase) for phase in OmegaConf.to_container(cfg.phases, resolve=True)]
-    with ExitStack() as stack:
-        run = stack.enter_context(RunFolder(output, resume=cfg.resume))
-        loggers = make_loggers(cfg, run)
-        for logger in loggers:
-            stack.callback(logger.close)
-        settings = {
-            "loggers": loggers,
-            "log_interval": cfg.log_interval,
-            **{name: cfg[name] for name in SWITCHES},
-        }
 
-        def checkpoints(name: str) -> RunCheckpoints:
-            folder = run.path / "checkpoints" / name
-            return stack.enter_context(closing(make_checkpoints(cfg, folder, train.buffers[0])))
 
-        shared = OfflineTrainer(
-            {name: losses[name] for name in ("behaviour", "world_model")},
-            train.buffers[0],
-            select(phases, SHARED),
-            validation_buffer=validation.buffers[0],
-            checkpoints=checkpoints("shared"),
-            **settings,
+def make_losses(
+    cfg: DictConfig, run: Experiment, buffer: OGBenchExperienceReplay, num_tasks: int
+) -> tuple[dict[str, LossModule], list[FlowRejectionActor]]:
+    """The networks and what trains them; also each task's actor for raw observations."""
+    shared = partial(NormedMLP, activation_class=cfg.activation, device=run.device)
+    of_tasks = partial(StackedMLP, num_tasks, activation_class=cfg.activation, device=run.device)
+    S = buffer.observation_spec["observation"].shape[-1]
+    D = cfg.chunk_size * buffer.action_spec.shape[-1]
+
+    # Behaviour and dynamics of all tasks
+    flow = FlowMatchingPolicy(shared(S + D + 1, D, cfg.policy_cells), D, cfg.flow_steps)
+    policy = OneStepPolicy(shared(S + D, D, cfg.policy_cells), D)
+    flow, policy = flow.to(run.device), policy.to(run.device)
+    dynamics = shared(S + D, S, cfg.dynamics_cells)
+
+    # Rewards, ends and values of each
+    heads = (of_tasks(S + D, 1, cfg.head_cells) for _ in range(2))
+    world_model = ChunkedWorldModel(dynamics, *heads)
+    value = ValueOperator(of_tasks(S, 1, cfg.value_cells))
+    keys = ["observation", "action"]
+    qvalue = ValueOperator(of_tasks(S + D, 1, cfg.value_cells), in_keys=keys)
+
+    chunked = {"chunk_size": cfg.chunk_size}
+    imagined = FlowRejectionActor(policy, qvalue, num_candidates=cfg.num_candidates, **chunked)
+    values = ValueExpansionLoss(
+        imagined,
+        value,
+        qvalue,
+        world_model,
+        imagination_horizon=cfg.imagination_horizon,
+        ignore_terminated=cfg.ignore_imagined_terminated,
+    )
+    values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    losses = {
+        "behaviour": FlowBCLoss(flow, policy),
+        "world_model": ChunkedWorldModelLoss(world_model),
+        "values": values,
+    }
+    acting = [
+        FlowRejectionActor(
+            policy,
+            ValueOperator(qvalue.module.network(k), in_keys=keys),  # shares its memory
+            num_candidates=cfg.eval_num_candidates,
+            transform=run.normalisation(buffer),
+            **chunked,
         )
-        own = OfflineTrainer(
+        for k in range(num_tasks)
+    ]
+    return losses, acting
+
+
+@hydra.main(config_path="../configs/mac", config_name="mac_multitask", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates each task, and leaves summary.json, curves and policies behind."""
+    with Experiment(cfg, fixed=["average_rewards"]) as run:
+        if run.is_goal_conditioned:
+            raise ValueError(
+                f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "
+                "each task has its own: choose a single-task configuration (task=cube-single)."
+            )
+        if torch.distributed.is_initialized():
+            raise ValueError("mac_multitask.py trains in one process: start it without torchrun.")
+        tasks = [str(dataclasses.replace(run.task, task_id=task_id)) for task_id in cfg.task_ids]
+        train, validation = (
+            StackedReplayBuffer({task: make_buffer(cfg, run, split, task) for task in tasks})
+            for split in ("train", "val")
+        )
+        first = train.buffers[tasks[0]]
+        losses, actors = make_losses(cfg, run, first, len(tasks))
+        target = SoftUpdate(losses["values"], tau=cfg.tau)
+
+        def phases(terms: set[str], scale: float = 1.0) -> list:
+            found = (phase.only(terms, batch_scale=scale) for phase in run.phases)
+            return [phase for phase in found if phase is not None]
+
+        shared = run.trainer(
+            {name: losses[name] for name in ("behaviour", "world_model")},
+            first,
+            digest=first.digest,
+            phases=phases(SHARED),
+            name="shared",
+            validation_buffer=validation.buffers[tasks[0]],
+        )
+        own = run.trainer(
             losses,
             train,
-            select(phases, OWN, cfg.task_batch_scale),
-            target_updater=SoftUpdate(losses["values"], tau=cfg.tau),
+            digest=first.digest,
+            phases=phases(OWN, cfg.task_batch_scale),
+            name="own",
+            target_updaters=target,
             validation_buffer=validation,
             first_update=shared.num_updates,
-            checkpoints=checkpoints("own"),
-            **settings,
         )
-        if not own.resume(run.checkpoint):
+        if not run.resume(own):
             shared.resume()
             shared.train()
             own.train_seconds = shared.train_seconds
         result = own.train()
-
-        rates = {}
-        for k, task in enumerate(tasks):
-            acting = actor_of_task(actor, k)
-            save_policy(acting, run.path / "policies" / task.dataset, **settings_of(task))
-            with closing(make_evaluator(task, acting, device)) as evaluator:
-                rates[task.dataset] = evaluator()["success_rate"]
-            torchrl_logger.info(f"{task.dataset}: success rate {rates[task.dataset]:.2f}")
-        summary = {
-            "success_rate": fmean(rates.values()),
-            "success_rates": rates,
-            "episodes": cfg.eval_episodes,
-            **result,
-            "seed": cfg.seed,
-            "dataset_digest": train.buffers[0].digest,
-            **{name: cfg[name] for name in SWITCHES},
+        rates = {
+            task: run.evaluator(actor, task)()["success_rate"]
+            for task, actor in zip(tasks, actors, strict=True)
         }
-        write_summary(run.path / "summary.json", summary)
-        plot_curves(run.path / "curves.png", loggers[0])
-
-
-def actor_of_task(actor: FlowRejectionActor, k: int) -> FlowRejectionActor:
-    """The actor with the k-th task's Q."""
-    network = actor.qvalue_network.module.network(k)
-    return FlowRejectionActor(
-        actor.policy,
-        ValueOperator(network, in_keys=actor.qvalue_network.in_keys),
-        num_candidates=actor.num_candidates,
-        chunk_size=actor.chunk_size,
-        transform=actor.transform,
-    )
+        for task, rate in rates.items():
+            torchrl_logger.info(f"{task}: success rate {rate:.2f}")
+        summary = {"success_rate": fmean(rates.values()), "success_rates": rates, **result}
+        exports = {f"policies/{task}": (actor, task) for task, actor in zip(tasks, actors)}
+        run.report(summary, first.digest, exports)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "parity"))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "test" / "parity"), str(ROOT / "benchmarks")]
 
 
 @pytest.fixture(autouse=True)

@@ -88,21 +88,21 @@ if __name__ == "__main__":
 
 def test_emulated_bf16_is_bf16(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    from assembly import make_batch
     from bf16 import emulated
-    from gpu import noisy_batch
     from update import SIZES, make_update
 
-    batch = noisy_batch(SIZES["tiny"], 0, torch.device("cpu"))
+    batch = make_batch(SIZES["tiny"], seed=0)
     values = {}
     for precision in ("fp32", "bf16", "emulated"):
         torch.manual_seed(0)
         relu = partial(NormedMLP, activation_class=nn.ReLU)
-        monkeypatch.setattr("update.NormedMLP", relu)
+        monkeypatch.setattr("assembly.NormedMLP", relu)
         update = make_update(
             SIZES["tiny"], torch.device("cpu"), precision=precision.replace("emulated", "bf16")
         )
         with emulated() if precision == "emulated" else contextlib.nullcontext():
-            values[precision] = update.losses[-1].imagine(batch)["next", "observation"]
+            values[precision] = update.losses["values"].imagine(batch)["next", "observation"]
     real, rounded = values["bf16"].float(), values["emulated"]
     error = (rounded - real).abs().mean() / (values["fp32"] - real).abs().mean()
     assert 0 <= error < 0.05  # against what bfloat16 changes

@@ -160,7 +160,7 @@ def test_hindsight_goals_train_our_losses():
     behaviour = FlowBCLoss(flow, policy)
     behaviour.set_keys(actor_goal="desired_goal")
     dynamics = ChunkedWorldModelLoss(model)
-    dynamics.set_keys(goal="desired_goal")
+    dynamics.set_keys(value_goal="desired_goal")
     values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=3)
     values.set_keys(value_goal="desired_goal")
     values.make_value_estimator(gamma=0.9)

@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchrl_mac.modules import load_policy
+    from torchrl_mac.trainers import load_policy
 
 __all__ = ["load_policy"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # imported when asked for: the data tools' processes start without it
-        return getattr(importlib.import_module("torchrl_mac.modules"), name)
+        return getattr(importlib.import_module("torchrl_mac.trainers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,8 @@ if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by T
 
 from torchrl_mac.data import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
-from torchrl_mac.modules import load_policy, policy_metadata, save_policy
-from torchrl_mac.trainers import Evaluator, write_video
+from torchrl_mac.modules import FlowRejectionActor, save_policy
+from torchrl_mac.trainers import EpisodeEvaluator, load_policy_and_metadata, write_video
 
 __all__ = ["main"]
 
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--best", action="store_true", help="of a run, not the newest but the best")
     parser.add_argument("--task", help="dataset name, cube-single-play-singletask-task2-v0")
-    parser.add_argument("--episodes", type=int, default=50, help="default: %(default)s")
+    parser.add_argument(
+        "--episodes", type=int, default=50, help="default: %(default)s; 0 for a video alone"
+    )
     parser.add_argument("--num-envs", type=int, default=10, help="side by side, default: 10")
     parser.add_argument("--workers", type=int, default=0, help="processes, default: this one")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes, default: 0")
@@ -77,29 +79,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(args: argparse.Namespace) -> None:
     which: Literal["newest", "best"] = "best" if args.best else "newest"
-    actor = load_policy(args.checkpoint, which=which, device=args.device)
-    settings = policy_metadata(args.checkpoint, which=which)
+    actor, settings = load_policy_and_metadata(args.checkpoint, which=which, device=args.device)
     task = args.task or settings.get("dataset")
     if task is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give --task.")
     name = OGBenchName.parse(task)
     if args.num_candidates is not None:
+        if not isinstance(actor, FlowRejectionActor):
+            raise ValueError(f"--num-candidates: a {type(actor).__name__} has no candidates.")
         actor.num_candidates = args.num_candidates
     if args.export is not None:
-        save_policy(actor, args.export, **settings)
-    evaluator = Evaluator(
+        save_policy(actor, args.export, settings)
+    evaluator = EpisodeEvaluator(
         partial(OGBenchEnv, name, device="cpu" if args.workers else args.device),
         actor,
         task_ids=None if name.mode == "singletask" else range(1, NUM_TASKS + 1),
-        num_episodes=args.episodes,
+        num_episodes=args.episodes or 1,
         num_envs=args.num_envs,
         num_workers=args.workers,
         replan_interval=args.replan_interval or settings.get("replan_interval", 1),
         seed=args.seed,
     )
     try:
-        metrics = {"task": task, "episodes": args.episodes, "seed": args.seed, **evaluator()}
-        sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
+        if args.episodes:
+            about = {"task": task, "episodes": args.episodes, "seed": args.seed}
+            sys.stdout.write(json.dumps({**about, **evaluator()}, indent=1) + "\n")
         if args.video is not None:
             make_env = partial(OGBenchEnv, name, device=args.device, from_pixels=True)
             write_video(args.video, evaluator.record(make_env, args.video_episodes))

@@ -20,9 +20,9 @@ from torchrl_mac.modules import (
     FlowRejectionActor,
     NormedMLP,
     OneStepPolicy,
-    policy_metadata,
     save_policy,
 )
+from torchrl_mac.trainers import load_policy_and_metadata
 
 OBS, GOAL, H, A = 3, 2, 4, 2
 D = H * A
@@ -73,7 +73,7 @@ def raw(goal=False):
 )
 def test_the_loaded_actor_acts_the_same_on_raw_observations(tmp_path, settings):
     actor = make_actor(**settings)
-    folder = save_policy(actor, tmp_path / "policy", dataset="cube", replan_interval=2)
+    folder = save_policy(actor, tmp_path / "policy", {"dataset": "cube", "replan_interval": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy"]
     again = load_policy(folder)
     td = raw(settings.get("goal", False))
@@ -82,7 +82,7 @@ def test_the_loaded_actor_acts_the_same_on_raw_observations(tmp_path, settings):
         assert torch.equal(found[key], expected[key])
     assert (found["observation"] == td["observation"]).all()
     assert again.num_candidates == 5 and again.chunk_size == H
-    assert policy_metadata(folder) == {"dataset": "cube", "replan_interval": 2}
+    assert load_policy_and_metadata(folder)[1] == {"dataset": "cube", "replan_interval": 2}
     assert not again.training
 
 
@@ -92,9 +92,9 @@ def test_the_files_are_what_others_read(tmp_path):
     with safe_open(tmp_path / "policy/policy.safetensors", "pt") as file:
         assert set(file.keys()) == set(actor.state_dict())
     config = json.loads((tmp_path / "policy/policy.json").read_text())
-    assert config["policy"]["network"]["num_cells"] == [8, 6]
-    assert config["policy"]["network"]["activation"] == "relu"
-    assert config["qvalue"]["network"]["layer_norm"] is False
+    assert config["actor"]["policy"]["network"]["num_cells"] == [8, 6]
+    assert config["actor"]["policy"]["network"]["activation_class"] == "relu"
+    assert config["actor"]["qvalue_network"]["module"]["layer_norm"] is False
 
 
 def test_needs_neither_hydra_nor_a_simulator(tmp_path):
@@ -163,9 +163,9 @@ def test_errors(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy": nn.Linear(2, 2)}, "policy of class Linear"),
-        ({"qvalue_network": nn.Linear(2, 2)}, "Q of class Linear"),
-        ({"transform": RewardScaling(0, 1)}, "transform of class RewardScaling"),
+        ({"policy": nn.Linear(2, 2)}, "A Linear cannot be exported"),
+        ({"qvalue_network": nn.Linear(2, 2)}, "A Linear cannot be exported"),
+        ({"transform": RewardScaling(0, 1)}, "A RewardScaling cannot be exported"),
     ],
 )
 def test_what_cannot_be_described_is_named(tmp_path, change, message):

@@ -91,7 +91,7 @@ def test_other_keys(goal):
     for name, loss in make_losses(goal).items():
         if name != "model":
             loss.set_keys(goal=goal)
-        loss.set_keys(**{"goal" if name == "model" else name: ("g", name)})
+        loss.set_keys(**{"value_goal" if name == "model" else name: ("g", name)})
         value_goal = ("g", "model") if name == "model" else ("g", "value_goal")
         outcome.append(loss(batch(actor_goal=("g", "actor_goal"), value_goal=value_goal)))
     for ours, theirs in zip(outcome, expected, strict=True):

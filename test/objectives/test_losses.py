@@ -90,13 +90,13 @@ class TestExactNumbers:
         out = loss(td)
         s, a = td["observation"], td["action"].flatten(1)
         x0, t, z = td["flow_noise"], td["flow_time"], td["distillation_noise"]
-        network = loss.flow_policy.model.velocity_network
+        network = loss.flow_policy.module.velocity_network
         velocity = network(torch.cat([s, (1 - t) * x0 + t * a, t], 1))
         torch.testing.assert_close(out["loss_flow"], F.mse_loss(velocity, a - x0))
         x = z
         for i in range(3):
             x = x + network(torch.cat([s, x, torch.full((B, 1), i / 3)], 1)) / 3
-        student = loss.onestep_policy.model.network(torch.cat([s, z], 1))
+        student = loss.onestep_policy.module.network(torch.cat([s, z], 1))
         torch.testing.assert_close(out["loss_distillation"], F.mse_loss(student, x.clamp(-1, 1)))
 
     def test_world_model(self):
@@ -119,7 +119,7 @@ class TestExactNumbers:
     def test_value_expansion_against_a_slow_loop(self, ignore_terminated):
         loss, td = value_expansion(ignore_terminated=ignore_terminated), batch()
         out = loss(td)
-        model, policy = loss.world_model, loss.actor_network.policy.model
+        model, policy = loss.world_model, loss.actor_network.policy.module
         qvalue, value = loss.qvalue_network.module, loss.value_network.module
         gamma, lmbda = 0.9**H, 0.8
 
@@ -329,7 +329,7 @@ class TestInterface:
             **keys,
         )
         policy = OneStepPolicy(
-            plain.actor_network.policy.model.network, D, in_keys=[state, ("x", "z")]
+            plain.actor_network.policy.module.network, D, in_keys=[state, ("x", "z")]
         )
         value = ValueOperator(
             plain.value_network.module, in_keys=[state], out_keys=[("v", "state")]

@@ -144,7 +144,7 @@ class Agent:
             self._load(network, fixture, name)
         parameters = [parameter for loss in losses for parameter in loss.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=config["lr"])
-        self.update = LossUpdate(losses, optimizer, updater)
+        self.update = LossUpdate(losses, optimizer, [updater] if updater else [])
 
     def leaves(self, module: str, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A network's tensors under the fixture's names and layouts."""
@@ -247,7 +247,7 @@ def replay(path: str | Path, case: str = "st") -> dict[str, dict[str, float]]:
             for leaf, ours in agent.gradients(module).items():
                 theirs = fixture[f"{step}/grad/{module}/{leaf}"]
                 note("gradient", f"{module}/{leaf}", ours, theirs)
-        modules = [*agent.networks, *(["target_value"] if agent.update.target_updater else [])]
+        modules = [*agent.networks, *(["target_value"] if agent.update.target_updaters else [])]
         for module in modules:
             for leaf, ours in agent.parameters(module).items():
                 theirs = fixture[f"{step}/params_after/{module}/{leaf}"]

@@ -112,7 +112,7 @@ class TestResume:
                 checkpoints=RunCheckpoints(folder, interval=1),
             )
             loss = trainer.losses["loss"]
-            trainer.target_updater = HardUpdate(loss, value_network_update_interval=3)
+            trainer.target_updaters = [HardUpdate(loss, value_network_update_interval=3)]
             trainer.resume()
             step = trainer.checkpoints.save
             trainer.checkpoints.save = lambda n, state, **_: (

@@ -16,7 +16,7 @@ from torchrl.modules import ValueOperator
 
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
-from torchrl_mac.trainers import Evaluation, Evaluator
+from torchrl_mac.trainers import EpisodeEvaluator, Evaluation
 
 H, A = 4, 2
 
@@ -79,7 +79,7 @@ def make(pace, **kwargs):
     stub = Stub(pace)
     qvalue = ValueOperator(NormedMLP(2 + H * A, 1, [4]), in_keys=["observation", "action"])
     actor = FlowRejectionActor(OneStepPolicy(stub, H * A), qvalue, num_candidates=3, chunk_size=H)
-    return Evaluator(Walk, actor, **kwargs), stub
+    return EpisodeEvaluator(Walk, actor, **kwargs), stub
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
@@ -118,8 +118,8 @@ def random_actor():
 def test_workers_run_the_same_episodes():
     actor = random_actor()
     settings = {"task_ids": [1, 2], "num_episodes": 5, "num_envs": 2, "replan_interval": 2}
-    expected = Evaluator(Walk, actor, **settings)()
-    evaluator = Evaluator(Walk, actor, num_workers=2, **settings)
+    expected = EpisodeEvaluator(Walk, actor, **settings)()
+    evaluator = EpisodeEvaluator(Walk, actor, num_workers=2, **settings)
     try:
         running = evaluator.submit()
         with torch.no_grad():
@@ -146,7 +146,7 @@ def test_five_tasks_of_ogbench_repeat_exactly():
     )
     settings = {"task_ids": range(1, 6), "num_episodes": 3, "num_envs": 2, "replan_interval": H}
     starts = {}
-    evaluator = Evaluator(make_env, actor, **settings)
+    evaluator = EpisodeEvaluator(make_env, actor, **settings)
     for task_id in settings["task_ids"]:
         episodes = evaluator._runner.run(0, task_id)
         starts[task_id] = episodes[0]["goal"][0]
@@ -155,7 +155,7 @@ def test_five_tasks_of_ogbench_repeat_exactly():
     metrics = evaluator()
     assert [f"task{k}/success_rate" in metrics for k in range(1, 6)] == [True] * 5
     assert evaluator() == metrics
-    assert Evaluator(make_env, actor, **settings)() == metrics
+    assert EpisodeEvaluator(make_env, actor, **settings)() == metrics
     evaluator.close()
 
 
@@ -178,7 +178,7 @@ def test_replanning(interval, asked):
 
 
 def test_repeats_and_leaves_training_alone():
-    evaluator = Evaluator(Walk, random_actor(), num_episodes=8, num_envs=4, seed=1)
+    evaluator = EpisodeEvaluator(Walk, random_actor(), num_episodes=8, num_envs=4, seed=1)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -260,9 +260,9 @@ def test_without_any_episode_there_is_an_error(tmp_path, warnings):
 def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, fault, warnings):
     settings = {"num_episodes": 4, "num_envs": 1, "seed": 3}
     actor = random_actor()
-    expected = Evaluator(Walk, actor, **settings)()
+    expected = EpisodeEvaluator(Walk, actor, **settings)()
     make_env = partial(Faulty, fault, tmp_path)
-    evaluator = Evaluator(make_env, actor, num_workers=1, timeout=20, **settings)
+    evaluator = EpisodeEvaluator(make_env, actor, num_workers=1, timeout=20, **settings)
     try:
         assert evaluator() == expected
         assert (tmp_path / "third").exists()

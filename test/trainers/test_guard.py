@@ -14,7 +14,7 @@ from torchrl.data import TensorDictReplayBuffer
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
 from torchrl_mac.trainers import LossUpdate, NonFiniteError, RunCheckpoints, SealedCheckpoint
-from torchrl_mac.trainers.guard import diagnose, give_up
+from torchrl_mac.trainers.postmortem import diagnose, give_up
 
 
 def everything(update):
@@ -60,7 +60,7 @@ def test_a_bad_batch_changes_nothing(value):
 
 def test_compiled():
     torch._dynamo.reset()
-    model = make_update().losses[1]  # one loss is traced in seconds
+    model = make_update().losses["world_model"]  # one loss is traced in seconds
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
     update = LossUpdate([model], optimizer, compile=EAGER)
     update(batch(0))
@@ -92,7 +92,7 @@ def test_a_bad_gradient_changes_nothing():
 def test_a_bad_weight_does_not_spread():
     update = make_update()
     update(batch(0))
-    weight = next(iter(update.losses[-1].value_network_params.values(True, True)))
+    weight = next(iter(update.losses["values"].value_network_params.values(True, True)))
     weight.data.view(-1)[0] = float("nan")
     names = {k for k, v in everything(update)[0].items() if not v.isfinite().all()}
     assert names
@@ -100,15 +100,17 @@ def test_a_bad_weight_does_not_spread():
         update(batch(step))
     assert {k for k, v in everything(update)[0].items() if not v.isfinite().all()} == names
     assert update.guard.read() == {"skipped": 3, "in_a_row": 3}
-    found = diagnose(update.losses, batch(0))
+    found = diagnose(list(update.losses.values()), batch(0))
     assert any("value_network" in name for name in found["parameters"])
     assert set(found["losses"]) >= {"loss_value"}
 
 
 def test_an_optimizer_that_cannot_mask_is_not_asked():
     plain = make_update()
-    optimizer = torch.optim.RMSprop([p for loss in plain.losses for p in loss.parameters()])
-    update = LossUpdate(plain.losses, optimizer, plain.target_updater)
+    optimizer = torch.optim.RMSprop(
+        [p for loss in plain.losses.values() for p in loss.parameters()]
+    )
+    update = LossUpdate(plain.losses, optimizer, plain.target_updaters)
     before = everything(update)[0]
     update(poisoned())
     assert same(everything(update)[0], before)
@@ -238,9 +240,9 @@ def test_rows_of_the_dataset_are_named(monkeypatch):
     first, after = (of["observation"].isnan().any(-1) for of in (drawn, drawn["next"]))
     bad = (first | after).nonzero().flatten().tolist()
     state = {"progress": {"updates": 2}}
-    monkeypatch.setattr("torchrl_mac.trainers.guard._short", str)
+    monkeypatch.setattr("torchrl_mac.trainers.postmortem._short", str)
     with pytest.raises(NonFiniteError) as caught:
-        give_up([make_update().losses[0]], buffer, drawn, state, None)
+        give_up([make_update().losses["behaviour"]], buffer, drawn, state, None)
     assert bad
     expected = {row: 7 if first[row] else 7 - H for row in bad}  # where their samples begin
     assert f"dataset_rows: {expected}" in str(caught.value)

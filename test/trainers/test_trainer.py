@@ -5,23 +5,15 @@ import math
 
 import pytest
 import torch
+from assembly import Size, make_mac
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
-from torchrl_mac.modules import (
-    ChunkedWorldModel,
-    FlowMatchingPolicy,
-    FlowRejectionActor,
-    NormedMLP,
-    OneStepPolicy,
-)
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 from torchrl_mac.trainers import (
-    OfflineTrainer,
     Phase,
+    PhaseTrainer,
     plot_curves,
     versions,
     write_summary,
@@ -59,28 +51,15 @@ def make_buffer():
 
 
 def make_losses():
-    def network(inputs, outputs):
-        return NormedMLP(inputs, outputs, [8])
-
-    flow = FlowMatchingPolicy(network(OBS + D + 1, D), D, 2)
-    policy = OneStepPolicy(network(OBS + D, D), D)
-    model = ChunkedWorldModel(*(network(OBS + D, n) for n in (OBS, 1, 1)))
-    value = ValueOperator(network(OBS, 1))
-    qvalue = ValueOperator(network(OBS + D, 1), in_keys=["observation", "action"])
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
-    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=2)
-    return {
-        "behaviour": FlowBCLoss(flow, policy),
-        "model": ChunkedWorldModelLoss(model),
-        "loss": values,
-    }
+    losses = make_mac(Size([8], 8, 3, 2, 2, OBS, A, H))
+    return dict(zip(("behaviour", "model", "loss"), losses.values(), strict=True))
 
 
 def make_trainer(phases, **kwargs):
     losses = make_losses()
     updater = SoftUpdate(losses["loss"], tau=0.1)
     kwargs.setdefault("progress_bar", False)
-    return OfflineTrainer(losses, make_buffer(), phases, target_updater=updater, **kwargs)
+    return PhaseTrainer(losses, make_buffer(), phases, target_updaters=updater, **kwargs)
 
 
 def parameters(trainer):
@@ -107,19 +86,18 @@ class TestPhase:
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
             ({"eval_interval": -1}, "eval_interval must be at least 0"),
-            ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
             ({"lr": 0.0}, "lr must be positive"),
             ({"schedule": "step"}, "'constant' or 'cosine', got 'step'"),
-            ({"losses": []}, "trains nothing"),
+            ({"terms": []}, "trains nothing"),
         ],
     )
     def test_errors(self, change, message):
-        settings = {"name": "p", "losses": ["loss_flow"], "num_updates": 1, "batch_size": 1}
+        settings = {"name": "p", "terms": ["loss_flow"], "num_updates": 1, "batch_size": 1}
         with pytest.raises(ValueError, match=message):
             Phase(**{**settings, **change})
 
 
-class TestOfflineTrainer:
+class TestPhaseTrainer:
     @pytest.mark.parametrize("trained", TERMS)
     def test_a_phase_trains_what_it_names(self, trained):
         trainer = make_trainer([Phase("p", [TERMS[trained]], 2, 8)])
@@ -140,16 +118,16 @@ class TestOfflineTrainer:
         trainer = make_trainer(phases)
         sample = trainer.buffer.sample
         trainer.buffer.sample = lambda n: batches.append(n) or sample(n)
-        restore = trainer._restore
+        begin = trainer._begin
 
-        def spy(training, done):
-            restore(training, done)
+        def spy(training):
+            begin(training)
             step = training.step
             training.step = lambda batch: (
                 rates.append(training.schedule.get_last_lr()[0]) or step(batch)
             )
 
-        trainer._restore = spy
+        trainer._begin = spy
         result = trainer.train()
         assert batches == [4, 4, 4, 6, 6]
         assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-2, 5e-3])
@@ -168,7 +146,10 @@ class TestOfflineTrainer:
 
     def test_candidates_of_a_phase(self):
         terms, seen = ["loss_value", "loss_qvalue"], []
-        phases = [Phase("few", terms, 1, 4, num_candidates=2), Phase("usual", terms, 2, 4)]
+        phases = [
+            Phase("few", terms, 1, 4, overrides={"loss.actor_network.num_candidates": 2}),
+            Phase("usual", terms, 2, 4),
+        ]
         trainer = make_trainer(phases)
         actor = trainer.losses["loss"].actor_network
         candidates = actor.candidates
@@ -243,12 +224,13 @@ class TestOfflineTrainer:
         assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"Phase 'p' trains \['loss_nothing'\]"):
+        with pytest.raises(ValueError, match="trains 'loss_nothing', which no loss has"):
             make_trainer([Phase("p", ["loss_nothing"], 1, 8)])
         losses = make_losses()
         twice = {"a": losses["model"], "b": losses["model"]}
-        with pytest.raises(ValueError, match="same name"):
-            OfflineTrainer(twice, make_buffer(), [])
+        phases = [Phase("p", ["loss_reward"], 1, 8)]
+        with pytest.raises(ValueError, match=r"of \['a', 'b'\]; choose among .*'a.loss_reward'"):
+            PhaseTrainer(twice, make_buffer(), phases)
 
 
 class TestReport:

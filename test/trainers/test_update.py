@@ -7,70 +7,36 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tensordict import TensorDict
-from torchrl.modules import ValueOperator
+from assembly import Size, make_batch, make_mac
 from torchrl.objectives import SoftUpdate
 
-from torchrl_mac.modules import (
-    ChunkedWorldModel,
-    FlowMatchingPolicy,
-    FlowRejectionActor,
-    NormedMLP,
-    OneStepPolicy,
-)
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
-from torchrl_mac.trainers import LossUpdate
+from torchrl_mac.modules import NormedMLP
+from torchrl_mac.trainers import LossUpdate, make_adam
 
 OBS, H, A, N, K, B = 3, 2, 2, 4, 3, 8
-D = H * A
 EAGER = {"backend": "aot_eager"}  # one graph and its gradient, without generated code
+
+
+def size_of(width=16, batch=B):
+    return Size([width, width], batch, N, K, 2, OBS, A, H)
 
 
 def make_update(width=16, **switches):
     torch.manual_seed(0)
-
-    def network(inputs, outputs):
-        return NormedMLP(inputs, outputs, [width, width])
-
-    flow = FlowMatchingPolicy(network(OBS + D + 1, D), D, 2)
-    policy = OneStepPolicy(network(OBS + D, D), D)
-    model = ChunkedWorldModel(*(network(OBS + D, n) for n in (OBS, 1, 1)))
-    value = ValueOperator(network(OBS, 1))
-    qvalue = ValueOperator(network(OBS + D, 1), in_keys=["observation", "action"])
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=N, chunk_size=H)
-    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=K)
-    losses = [FlowBCLoss(flow, policy), ChunkedWorldModelLoss(model), values]
-    parameters = [p for loss in losses for p in loss.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
-    return LossUpdate(losses, optimizer, SoftUpdate(values, tau=0.1), **switches)
+    losses = make_mac(size_of(width))
+    optimizer = make_adam(losses, 1e-2)
+    return LossUpdate(losses, optimizer, SoftUpdate(losses["values"], tau=0.1), **switches)
 
 
 def batch(seed, size=B):
     """All noise is given."""
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(size, *shape, generator=g)
-
-    return TensorDict(
-        observation=randn(OBS),
-        action=randn(H, A).clamp(-1, 1),
-        noise=randn(K, N, D),
-        flow_noise=randn(D),
-        flow_time=torch.rand(size, 1, generator=g),
-        distillation_noise=randn(D),
-        next=TensorDict(
-            observation=randn(OBS),
-            reward=randn(1),
-            terminated=torch.rand(size, 1, generator=g) < 0.3,
-        ),
-    ).auto_batch_size_(1)
+    return make_batch(size_of(batch=size), seed=seed)
 
 
 def parameters(update):
     return {
-        f"{type(loss).__name__}.{key}": value.clone()
-        for loss in update.losses
+        f"{name}.{key}": value.clone()
+        for name, loss in update.losses.items()
         for key, value in loss.state_dict().items()
     }
 
@@ -121,7 +87,7 @@ def test_reduced_precision_is_close(precision):
     assert not torch.equal(got, expected)
     assert torch.cosine_similarity(got, expected, dim=0) > 0.97
     # a weight cast without a gradient must not be handed to a pass that needs one
-    for loss in reduced.losses:
+    for loss in reduced.losses.values():
         for name, parameter in loss.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None and parameter.grad.any(), name
@@ -129,7 +95,7 @@ def test_reduced_precision_is_close(precision):
 
 def test_bf16_is_for_what_no_gradient_goes_through():
     reference, reduced = make_update(width=64), make_update(width=64, precision="bf16")
-    expected, got = reference.compute(batch(0, 64)), reduced.compute(batch(0, 64))
+    expected, got = reference.compute(batch(0, 64))[1], reduced.compute(batch(0, 64))[1]
     for key in ("loss_flow", "loss_dynamics", "loss_reward", "loss_termination"):
         assert torch.equal(got[key], expected[key])
     for key in ("loss_distillation", "loss_value", "loss_qvalue"):
@@ -208,17 +174,9 @@ def _free_port():
 def test_captured_equals_eager(compile):
     def on_cuda(**switches):
         torch.manual_seed(0)
-        plain = make_update()
-        values = plain.losses[-1]
-        for module in (*plain.losses, values.actor_network, values.world_model):
-            module.to("cuda")
-        optimizer = torch.optim.Adam(
-            [p for loss in plain.losses for p in loss.parameters()],
-            lr=torch.tensor(1e-2, device="cuda"),
-            fused=True,
-            capturable=True,
-        )
-        return LossUpdate(plain.losses, optimizer, SoftUpdate(values, tau=0.1), **switches)
+        losses = make_mac(size_of(), "cuda")
+        optimizer = make_adam(losses, 1e-2, capturable=True)
+        return LossUpdate(losses, optimizer, SoftUpdate(losses["values"], tau=0.1), **switches)
 
     eager, captured = on_cuda(), on_cuda(cudagraphs=True, compile=compile)
     for step in range(6):

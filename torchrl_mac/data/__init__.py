@@ -9,6 +9,7 @@ from torchrl_mac.data.names import NUM_TASKS, OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.states import buffer_state, load_buffer_state
 from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
 

@@ -1,7 +1,14 @@
-"""Environments: OGBench's own, and two that answer from a world model instead."""
+"""Environments: OGBench's own, two that answer from a world model instead, and imagination."""
 
+from torchrl_mac.envs.imagination import imagine, read_only
 from torchrl_mac.envs.ogbench import OGBenchEnv
 from torchrl_mac.envs.world_model_env import ChunkedWorldModelEnv
 from torchrl_mac.envs.world_model_transform import ChunkedWorldModelTransform
 
-__all__ = ["ChunkedWorldModelEnv", "ChunkedWorldModelTransform", "OGBenchEnv"]
+__all__ = [
+    "ChunkedWorldModelEnv",
+    "ChunkedWorldModelTransform",
+    "OGBenchEnv",
+    "imagine",
+    "read_only",
+]

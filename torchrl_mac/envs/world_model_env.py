@@ -11,20 +11,20 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, ModelBasedEnvBase
 
-from torchrl_mac.modules import ChunkedWorldModel
+from torchrl_mac.modules import WorldModelBase
 
 __all__ = ["ChunkedWorldModelEnv"]
 
 
 class ChunkedWorldModelEnv(ModelBasedEnvBase):
-    """Answers action chunks from a :class:`~torchrl_mac.modules.ChunkedWorldModel`.
+    """Answers action chunks from a world model, such as a ``ChunkedWorldModel``.
 
     One step is one chunk of ``h`` actions. The environment accepts tensordicts of any batch size,
     tracks gradients unless told otherwise, and shares the world model's parameters rather than
     copying them, so it can be built once and used while the model trains.
 
     Args:
-        world_model (ChunkedWorldModel): predicts what a chunk leads to. All entries are named by
+        world_model (WorldModelBase): predicts what a chunk leads to. All entries are named by
             its ``in_keys`` and ``out_keys``.
         observation_spec (TensorSpec): the observation ``[O]``, or a
             :class:`~torchrl.data.Composite` with the observation and further entries. Entries
@@ -78,7 +78,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
 
     def __init__(
         self,
-        world_model: ChunkedWorldModel,
+        world_model: WorldModelBase,
         observation_spec: TensorSpec,
         action_spec: TensorSpec,
         *,
@@ -91,10 +91,8 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         super().__init__(world_model, device=device, batch_size=torch.Size(batch_size))
-        observation_key, action_key = world_model.in_keys[:2]
-        reward_key, done_key, terminated_key = (
-            unravel_key(key[1:]) for key in world_model.out_keys[1:4]
-        )
+        observation_key, reward_key = world_model.observation_key, world_model.reward_key
+        done_key, terminated_key = world_model.done_key, world_model.terminated_key
         if not isinstance(observation_spec, Composite):
             observation_spec = Composite({observation_key: observation_spec})
         entries = list(observation_spec.keys(True, True))
@@ -119,7 +117,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
             Composite({key: observation_spec[key] for key in self._state_keys})
         )
         self.full_action_spec = batched(
-            Composite({action_key: action_spec.expand(chunk_size, *action_spec.shape)})
+            Composite({world_model.action_key: action_spec.expand(chunk_size, *action_spec.shape)})
         )
         self.full_reward_spec = batched(Composite({reward_key: Unbounded(1)}))
         self.full_done_spec = batched(
@@ -128,16 +126,16 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
 
     @classmethod
     def from_env(
-        cls, world_model: ChunkedWorldModel, env: EnvBase, **kwargs: Any
+        cls, world_model: WorldModelBase, env: EnvBase, **kwargs: Any
     ) -> ChunkedWorldModelEnv:
         """Takes the specs of one observation and one action from ``env``.
 
         Args:
-            world_model (ChunkedWorldModel): as in the constructor.
+            world_model (WorldModelBase): as in the constructor.
             env (EnvBase): an environment of single actions, batched or not.
             **kwargs: the constructor's keyword arguments.
         """
-        action_spec = env.full_action_spec_unbatched[world_model.in_keys[1]]
+        action_spec = env.full_action_spec_unbatched[world_model.action_key]
         return cls(world_model, env.full_observation_spec_unbatched.clone(), action_spec, **kwargs)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -7,7 +7,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import Composite
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
-from torchrl_mac.modules import ChunkedWorldModel
+from torchrl_mac.modules import WorldModelBase
 
 __all__ = ["ChunkedWorldModelTransform"]
 
@@ -23,7 +23,7 @@ class ChunkedWorldModelTransform(Transform):
     ``MultiAction(stack_rewards=False)``, which plays the same chunks in reality.
 
     Args:
-        world_model (ChunkedWorldModel): predicts what a chunk leads to, from the observation that
+        world_model (WorldModelBase): predicts what a chunk leads to, from the observation that
             ``env`` and the transforms before this one put out. It is neither copied nor moved to
             the environment's device. Put the transform around a
             :class:`~torchrl.envs.ParallelEnv`, not inside: workers have copies of the model,
@@ -68,7 +68,7 @@ class ChunkedWorldModelTransform(Transform):
 
     def __init__(
         self,
-        world_model: ChunkedWorldModel,
+        world_model: WorldModelBase,
         *,
         chunk_size: int,
         success_key: NestedKey = "success",
@@ -80,10 +80,9 @@ class ChunkedWorldModelTransform(Transform):
         # device and puts them in evaluation mode, which is not for it to do to a shared model.
         self.__dict__["world_model"] = world_model
         self.chunk_size = chunk_size
-        self.observation_key, self.action_key = world_model.in_keys[:2]
-        self.reward_key, self.done_key, self.terminated_key = (
-            unravel_key(key[1:]) for key in world_model.out_keys[1:4]
-        )
+        self.observation_key, self.action_key = world_model.observation_key, world_model.action_key
+        self.reward_key, self.done_key = world_model.reward_key, world_model.done_key
+        self.terminated_key = world_model.terminated_key
         group = self.done_key[:-1] if isinstance(self.done_key, tuple) else ()
         self.truncated_key = unravel_key((*group, "truncated"))
         self.success_key = unravel_key(success_key)

@@ -1,32 +1,39 @@
 """Networks, policies and world models: TensorDict modules without environments or losses."""
 
-try:  # TorchRL has flow policies of its own from 0.15 on.
-    from torchrl.modules import (
-        FlowMatchingModel,
-        FlowMatchingPolicy,
-        OneStepModel,
-        OneStepPolicy,
-    )
-except ImportError:
-    from torchrl_mac.modules.flow import FlowMatchingModel, OneStepModel
-    from torchrl_mac.modules.policies import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.modules.export import load_policy, policy_metadata, save_policy
-from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
+from torchrl_mac.modules.actor import ChunkActor, PolicyActor
+from torchrl_mac.modules.config import Configurable, build, describe, register_config
+from torchrl_mac.modules.ensemble import GaussianEnsemble
+from torchrl_mac.modules.export import load_export, save_policy
+from torchrl_mac.modules.flow import (
+    FlowMatchingModel,
+    FlowMatchingPolicy,
+    OneStepModel,
+    OneStepPolicy,
+)
+from torchrl_mac.modules.mlp import ACTIVATIONS, NormedMLP, TanhGELU
 from torchrl_mac.modules.rejection import FlowRejectionActor
 from torchrl_mac.modules.stacked import StackedMLP
-from torchrl_mac.modules.world_model import ChunkedWorldModel
+from torchrl_mac.modules.world_model import ChunkedWorldModel, WorldModelBase
 
 __all__ = [
+    "ACTIVATIONS",
+    "ChunkActor",
     "ChunkedWorldModel",
+    "Configurable",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
     "FlowRejectionActor",
+    "GaussianEnsemble",
     "NormedMLP",
     "OneStepModel",
     "OneStepPolicy",
+    "PolicyActor",
     "StackedMLP",
     "TanhGELU",
-    "load_policy",
-    "policy_metadata",
+    "WorldModelBase",
+    "build",
+    "describe",
+    "load_export",
+    "register_config",
     "save_policy",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torchrl.envs.transforms import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_mac.modules.actor import ChunkActor
 
 __all__ = ["FlowRejectionActor"]
 
 
-class FlowRejectionActor(TensorDictModuleBase):
+class FlowRejectionActor(ChunkActor):
     r"""Draws N candidates from a behaviour policy and acts with the one of highest value.
 
     .. math::
@@ -30,17 +33,11 @@ class FlowRejectionActor(TensorDictModuleBase):
     Keyword Args:
         num_candidates (int, optional): the number of candidates N. May be changed at any time
             (MAC trains with 8 and acts with 32). Defaults to 32.
-        chunk_size (int, optional): the number of actions h in a chunk. The policy's ``[*, h * A]``
-            is then written as ``[*, h, A]``. ``None`` (default) writes actions ``[*, D]``.
-        action_key (NestedKey, optional): where the chosen action is written, and where
-            ``qvalue_network`` reads a candidate. Defaults to ``"action"``.
-        noise_key (NestedKey, optional): where explicit noise ``[*, N, D]`` is read, if it is
-            there; ``policy`` must read it from the same key. Defaults to ``"noise"``.
         value_key (NestedKey, optional): where the chosen action's value ``[*, 1]`` is written.
             Defaults to ``"chosen_action_value"``.
-        transform (Transform, optional): applied to what ``policy`` and ``qvalue_network`` read,
-            and saved with them. With the dataset's ``observation_norm(["observation"])`` the actor
-            takes raw observations and leaves them as they are. Defaults to none.
+        **kwargs: those of :class:`ChunkActor`: ``chunk_size``, ``action_key``, where
+            ``qvalue_network`` reads a candidate as well, ``noise_key`` (``[*, N, D]``) and
+            ``transform``.
 
     Everything else that ``policy`` and ``qvalue_network`` read, such as the observation or a
     goal, is repeated for each candidate.
@@ -69,22 +66,13 @@ class FlowRejectionActor(TensorDictModuleBase):
         qvalue_network: TensorDictModuleBase,
         *,
         num_candidates: int = 32,
-        chunk_size: int | None = None,
-        action_key: NestedKey = "action",
-        noise_key: NestedKey = "noise",
         value_key: NestedKey = "chosen_action_value",
-        transform: Transform | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 (or None), got {chunk_size}.")
+        super().__init__(**kwargs)
         self.policy = policy
         self.qvalue_network = qvalue_network
-        self.transform = transform
         self.num_candidates = num_candidates
-        self.chunk_size = chunk_size
-        self.action_key = unravel_key(action_key)
-        self.noise_key = unravel_key(noise_key)
         self.value_key = unravel_key(value_key)
         made_here = {self.noise_key, self.action_key, *policy.out_keys}
         read = dict.fromkeys([*policy.in_keys, *qvalue_network.in_keys])
@@ -102,6 +90,16 @@ class FlowRejectionActor(TensorDictModuleBase):
             raise ValueError(f"num_candidates must be at least 1, got {value}.")
         self._num_candidates = value
 
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "policy": self.policy,
+            "qvalue_network": self.qvalue_network,
+            "num_candidates": self.num_candidates,
+            "value_key": self.value_key,
+            **super().config(),
+        }
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the best candidate and its value."""
         candidates = self.candidates(tensordict)
@@ -111,17 +109,11 @@ class FlowRejectionActor(TensorDictModuleBase):
         action = candidates.get(self.action_key)
         flat = action.flatten(value.ndim - 1)
         chosen = flat.gather(-2, best.expand(*best.shape[:-1], flat.shape[-1])).squeeze(-2)
-        if self.chunk_size is not None:
-            chosen = chosen.unflatten(-1, (self.chunk_size, -1))
-        return tensordict.set(self.action_key, chosen)
+        return tensordict.set(self.action_key, self._chunk(chosen))
 
     def candidates(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The candidates and their values, a tensordict of shape ``[*, N]``."""
-        inputs = tensordict.select(*self.in_keys)
-        # A tensordict made by dispatch has no batch size: the observation tells it.
-        inputs.batch_size = inputs.get(self.in_keys[0]).shape[:-1]
-        if self.transform is not None:
-            inputs = self.transform(inputs)
+        inputs = self._read(tensordict)
         candidates = inputs.unsqueeze(-1).expand(*inputs.batch_size, self.num_candidates)
         noise = tensordict.get(self.noise_key, None)
         if noise is not None:
@@ -133,7 +125,5 @@ class FlowRejectionActor(TensorDictModuleBase):
             candidates.set(self.noise_key, noise)
         with set_exploration_type(ExplorationType.RANDOM):
             candidates = self.policy(candidates)
-        action = candidates.get(self.policy.out_keys[0])
-        if self.chunk_size is not None:
-            action = action.unflatten(-1, (self.chunk_size, -1))
+        action = self._chunk(candidates.get(self.policy.out_keys[0]))
         return self.qvalue_network(candidates.set(self.action_key, action))

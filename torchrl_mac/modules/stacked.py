@@ -5,22 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_mac.modules.mlp import NormedMLP, TanhGELU, full_precision
+from torchrl_mac.modules.config import Configurable
+from torchrl_mac.modules.mlp import (
+    NormedMLP,
+    TanhGELU,
+    activation,
+    activation_name,
+    full_precision,
+)
 
 __all__ = ["StackedMLP"]
 
 
-class StackedMLP(nn.Module):
-    """As many :class:`NormedMLP` as there are tasks, as one module with stacked parameters.
+class StackedMLP(nn.Module, Configurable):
+    """Several :class:`NormedMLP` as one module with stacked parameters.
 
-    The k-th network maps the k-th entry of the inputs' first dimension. All of them are computed
-    together, by batched matrix products.
+    All networks are computed together, by batched matrix products. The k-th one maps the k-th entry
+    of the inputs' first dimension (one network for each task) or, with ``broadcast``, all map the
+    same inputs (the members of an ensemble).
 
     Args:
         num_networks (int): the number of networks ``T``.
@@ -30,11 +38,13 @@ class StackedMLP(nn.Module):
             ``(1024, 1024, 1024, 1024)``.
 
     Keyword Args:
-        activation_class (callable, optional): makes the activations. Defaults to GELU in its tanh
-            approximation.
+        activation_class (callable or str, optional): see :class:`NormedMLP`.
+        layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
+        broadcast (bool, optional): whether inputs ``[*, ...]`` are those of every network. Defaults
+            to ``False``: inputs are ``[T, *, ...]``.
         device (torch.device, optional): the device of the parameters.
 
-    Inputs ``[T, *, ...]`` are treated as those of :class:`NormedMLP` are, each ``[*, ...]``.
+    Each network treats its inputs as :class:`NormedMLP` does; outputs are ``[T, *, out_features]``.
 
     Raises:
         ValueError: if ``num_networks`` is smaller than 1 or, when called, if the inputs do not fit.
@@ -51,6 +61,9 @@ class StackedMLP(nn.Module):
         ...     alone(observation[2], chunk[2]), networks(observation, chunk)[2], atol=1e-6
         ... )
         True
+        >>> ensemble = StackedMLP(5, 4 + 10 * 2, 1, num_cells=(32, 32), broadcast=True)
+        >>> ensemble(observation[0], chunk[0]).shape
+        torch.Size([5, 3, 1])
     """
 
     def __init__(
@@ -60,24 +73,20 @@ class StackedMLP(nn.Module):
         out_features: int,
         num_cells: Sequence[int] = (1024, 1024, 1024, 1024),
         *,
-        activation_class: Callable[[], nn.Module] = TanhGELU,
+        activation_class: Callable[[], nn.Module] | str = TanhGELU,
+        layer_norm: bool = True,
+        broadcast: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if num_networks < 1:
             raise ValueError(f"num_networks must be at least 1, got {num_networks}.")
         self.num_networks = num_networks
-        self.in_features = in_features
-        self.num_cells = tuple(num_cells)
-        self.activation = activation_class()
-        self._make_alone = partial(
-            NormedMLP,
-            in_features,
-            out_features,
-            self.num_cells,
-            activation_class=activation_class,
-            device="meta",
-        )
+        self.in_features, self.out_features = in_features, out_features
+        self.num_cells, self.layer_norm = tuple(num_cells), layer_norm
+        self.broadcast = broadcast
+        self.activation_class = activation(activation_class)
+        self.activation = self.activation_class()
         sizes = [in_features, *num_cells, out_features]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.scales, self.shifts = nn.ParameterList(), nn.ParameterList()
@@ -86,14 +95,35 @@ class StackedMLP(nn.Module):
             weight = torch.empty(num_networks, size, following, device=device)
             self.weights.append(weight.uniform_(-limit, limit))
             self.biases.append(torch.zeros(num_networks, 1, following, device=device))
-        for size in num_cells:
+        for size in num_cells if layer_norm else ():
             self.scales.append(torch.ones(num_networks, 1, size, device=device))
             self.shifts.append(torch.zeros(num_networks, 1, size, device=device))
 
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "num_networks": self.num_networks,
+            "broadcast": self.broadcast,
+            **self._one(),
+            "activation_class": activation_name(self.activation_class),
+        }
+
+    def _one(self) -> dict[str, Any]:
+        """What makes one of the networks."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "num_cells": self.num_cells,
+            "activation_class": self.activation_class,
+            "layer_norm": self.layer_norm,
+        }
+
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Maps inputs ``[T, *, ...]`` to an output ``[T, *, out_features]``."""
+        """Maps the inputs to outputs ``[T, *, out_features]``."""
         last = inputs[0].ndim - 1
         features = torch.cat([x.flatten(last) for x in inputs], -1)
+        if self.broadcast:
+            features = features.expand(self.num_networks, *features.shape)
         if features.shape[0] != self.num_networks or features.shape[-1] != self.in_features:
             raise ValueError(
                 f"The {self.num_networks} networks take [{self.num_networks}, *, "
@@ -102,17 +132,19 @@ class StackedMLP(nn.Module):
             )
         shape = features.shape[1:-1]
         features = features.reshape(self.num_networks, -1, self.in_features)
-        for i, (scale, shift) in enumerate(zip(self.scales, self.shifts, strict=True)):
+        for i in range(len(self.num_cells)):
             features = torch.baddbmm(self.biases[i], features, self.weights[i])
-            features = F.layer_norm(self.activation(features), features.shape[-1:], eps=1e-6)
-            features = torch.addcmul(shift, features, scale)
+            features = self.activation(features)
+            if self.layer_norm:
+                features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
+                features = torch.addcmul(self.shifts[i], features, self.scales[i])
         with full_precision(features) as features:
             features = torch.baddbmm(self.biases[-1], features, self.weights[-1])
         return features.unflatten(1, shape) if shape else features.squeeze(1)
 
     def network(self, index: int) -> NormedMLP:
         """One of the networks; it shares its memory with this module."""
-        alone = self._make_alone()
+        alone = NormedMLP(**self._one(), device="meta")
         linears = [layer for layer in alone.layers if isinstance(layer, nn.Linear)]
         norms = [layer for layer in alone.layers if isinstance(layer, nn.LayerNorm)]
         for layer, weight, bias in zip(linears, self.weights, self.biases, strict=True):

@@ -1,16 +1,93 @@
-"""A world model that predicts what a whole action chunk leads to."""
+"""World models: what a whole action chunk leads to."""
 
 from __future__ import annotations
+
+import abc
+from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-__all__ = ["ChunkedWorldModel"]
+from torchrl_mac.modules.config import Configurable, as_key
+
+__all__ = ["ChunkedWorldModel", "WorldModelBase"]
 
 
-class ChunkedWorldModel(TensorDictModuleBase):
+class WorldModelBase(TensorDictModuleBase, Configurable, abc.ABC):
+    """What environments, imagination and losses expect of a world model.
+
+    It reads a state and an action, single or a chunk, and writes under ``"next"`` what an
+    environment's step would: the observation ``[*, O]``, the reward ``[*, 1]`` and ``terminated``
+    and ``done`` (bool ``[*, 1]``, always equal). A subclass predicts in two parts, as a rollout
+    needs the state at each step, but all the rest only once, for all of its steps together.
+
+    Keyword Args:
+        observation_key (NestedKey, optional): defaults to ``"observation"``.
+        action_key (NestedKey, optional): defaults to ``"action"``.
+        reward_key (NestedKey, optional): defaults to ``"reward"``.
+        done_key (NestedKey, optional): defaults to ``"done"``.
+        terminated_key (NestedKey, optional): defaults to ``"terminated"``.
+        goal_key (NestedKey, optional): the goal, if there is one, such as ``"goal"``. Defaults to
+            none.
+    """
+
+    def __init__(
+        self,
+        *,
+        observation_key: NestedKey = "observation",
+        action_key: NestedKey = "action",
+        reward_key: NestedKey = "reward",
+        done_key: NestedKey = "done",
+        terminated_key: NestedKey = "terminated",
+        goal_key: NestedKey | None = None,
+    ) -> None:
+        super().__init__()
+        self.observation_key = unravel_key(observation_key)
+        self.action_key = unravel_key(action_key)
+        self.reward_key = unravel_key(reward_key)
+        self.done_key = unravel_key(done_key)
+        self.terminated_key = unravel_key(terminated_key)
+        self.goal_key = None if goal_key is None else unravel_key(goal_key)
+        goal = [] if self.goal_key is None else [self.goal_key]
+        self.in_keys = [self.observation_key, self.action_key, *goal]
+        self._next = {
+            key: unravel_key(("next", key))
+            for key in (
+                self.observation_key,
+                self.reward_key,
+                self.done_key,
+                self.terminated_key,
+            )
+        }
+        self.out_keys = list(self._next.values())
+
+    def config(self) -> dict[str, Any]:
+        """The keys, among the constructor's arguments."""
+        names = ("observation", "action", "reward", "done", "terminated", "goal")
+        return {f"{name}_key": getattr(self, f"{name}_key") for name in names}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes another model from what :meth:`config` returned."""
+        keys = {name: as_key(key) for name, key in config.items() if name.endswith("_key")}
+        return cls(**{**config, **keys})
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the prediction for ``tensordict``'s action under ``"next"``."""
+        return self.predict_outcome(self.predict_state(tensordict))
+
+    @abc.abstractmethod
+    def predict_state(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the next observation alone, all that the next step of a rollout needs."""
+
+    @abc.abstractmethod
+    def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes all the rest: reward, termination and done, for any number of steps at once."""
+
+
+class ChunkedWorldModel(WorldModelBase):
     r"""Predicts, from a state and a chunk of ``h`` actions, the state ``h`` steps ahead.
 
     The dynamics are deterministic and predict a difference,
@@ -28,19 +105,11 @@ class ChunkedWorldModel(TensorDictModuleBase):
     it. To end is then to reach the goal, and the reward can be read off it.
 
     Keyword Args:
-        goal_key (NestedKey, optional): the goal, such as ``"goal"``. Defaults to none.
         negative_reward (bool, optional): if ``True``, a chunk's reward is -1, and 0 if the task
             ends in it; if ``False``, 0 and 1. Default: ``reward_network`` predicts it.
-        observation_key (NestedKey, optional): defaults to ``"observation"``.
-        action_key (NestedKey, optional): the chunk ``[*, h, A]``. Defaults to ``"action"``.
-        reward_key (NestedKey, optional): defaults to ``"reward"``.
-        done_key (NestedKey, optional): defaults to ``"done"``.
-        terminated_key (NestedKey, optional): defaults to ``"terminated"``.
-        logit_key (NestedKey, optional): defaults to ``"termination_logit"``.
-
-    Everything is written under ``"next"``, the way an environment's step does: the observation
-    ``[*, O]``, the reward ``[*, 1]``, ``terminated`` and ``done`` (bool ``[*, 1]``, always
-    equal) and the logit ``[*, 1]`` behind them.
+        logit_key (NestedKey, optional): the logit ``[*, 1]`` behind the termination, written under
+            ``"next"`` as well. Defaults to ``"termination_logit"``.
+        **kwargs: the keys of :class:`WorldModelBase`.
 
     Examples:
         >>> import torch
@@ -63,38 +132,34 @@ class ChunkedWorldModel(TensorDictModuleBase):
         reward_network: nn.Module,
         termination_network: nn.Module,
         *,
-        observation_key: NestedKey = "observation",
-        action_key: NestedKey = "action",
-        reward_key: NestedKey = "reward",
-        done_key: NestedKey = "done",
-        terminated_key: NestedKey = "terminated",
-        logit_key: NestedKey = "termination_logit",
-        goal_key: NestedKey | None = None,
         negative_reward: bool | None = None,
+        logit_key: NestedKey = "termination_logit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.negative_reward = negative_reward
         self.dynamics_network = dynamics_network
         self.reward_network = reward_network
         self.termination_network = termination_network
-        self.in_keys = [unravel_key(observation_key), unravel_key(action_key)]
-        self.goal_key = None if goal_key is None else unravel_key(goal_key)
-        if self.goal_key is not None:
-            self.in_keys.append(self.goal_key)
-        self.out_keys = [
-            unravel_key(("next", key))
-            for key in (observation_key, reward_key, done_key, terminated_key, logit_key)
-        ]
+        self.logit_key = unravel_key(logit_key)
+        self._next[self.logit_key] = unravel_key(("next", self.logit_key))
+        self.out_keys = list(self._next.values())
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes the prediction for ``tensordict``'s chunk under ``"next"``."""
-        return self.predict_outcome(self.predict_state(tensordict))
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        networks = ("dynamics_network", "reward_network", "termination_network")
+        return {
+            **{name: getattr(self, name) for name in networks},
+            "negative_reward": self.negative_reward,
+            "logit_key": self.logit_key,
+            **super().config(),
+        }
 
     def predict_state(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the next observation alone, all that the next step of a rollout needs."""
         observation, action, *_ = self._inputs(tensordict)
         following = observation + self.dynamics_network(observation, action)
-        return tensordict.set(self.out_keys[0], following)
+        return tensordict.set(self._next[self.observation_key], following)
 
     def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes all the rest: reward, termination and done, for any number of steps at once."""
@@ -105,9 +170,14 @@ class ChunkedWorldModel(TensorDictModuleBase):
             reward = self.reward_network(observation, *goal, action)
         else:
             reward = terminated.to(observation.dtype) - float(self.negative_reward)
-        outcome = (reward, terminated, terminated.clone(), logit)
-        for key, value in zip(self.out_keys[1:], outcome, strict=True):
-            tensordict.set(key, value)
+        outcome = {
+            self.reward_key: reward,
+            self.done_key: terminated,
+            self.terminated_key: terminated.clone(),
+            self.logit_key: logit,
+        }
+        for key, value in outcome.items():
+            tensordict.set(self._next[key], value)
         return tensordict
 
     def _inputs(self, tensordict: TensorDictBase) -> list[Tensor]:

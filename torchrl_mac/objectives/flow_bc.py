@@ -12,8 +12,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.objectives.inputs import GoalKeys, required
-from torchrl_mac.objectives.precision import autocast_to
+from torchrl_mac.objectives.common import GoalKeys, autocast_to, required
 
 __all__ = ["FlowBCLoss"]
 

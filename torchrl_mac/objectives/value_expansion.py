@@ -13,9 +13,9 @@ from torchrl.envs.utils import step_mdp
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
+from torchrl_mac.envs import imagine
 from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.objectives.inputs import GoalKeys
-from torchrl_mac.objectives.precision import autocast_to
+from torchrl_mac.objectives.common import GoalKeys, autocast_to
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -217,28 +217,22 @@ class ValueExpansionLoss(LossModule):
         under ``"next"``. All H steps are imagined, whether or not the task has ended before; with
         ``ignore_terminated`` none is said to end it.
         """
-        noise = tensordict.get(self.tensor_keys.noise, None)
         state = self._conditions.read(tensordict, self._state_keys)
         weights = self._maybe_get_priority_weight(tensordict)
         if weights is not None:
             state[self.tensor_keys.priority_weight] = weights
         # A tensordict made by dispatch has no batch size: the observation tells it.
-        state = TensorDict(state, batch_size=state[self._state_keys[0]].shape[:-1])
-        kept = list(state.keys(True, True))
-        # Rewards and ends of a ChunkedWorldModel can wait, and be predicted for all steps at once.
-        in_parts = hasattr(self.world_model, "predict_state")
-        predict = self.world_model.predict_state if in_parts else self.world_model
-        steps = []
-        with autocast_to(self.sampling_dtype, state.get(self._state_keys[0]).device):
-            for k in range(imagination_horizon or self.imagination_horizon):
-                if noise is not None:
-                    state.set(self.actor_network.noise_key, noise[..., k, :, :])
-                step = predict(self.actor_network(state))
-                steps.append(step)
-                state = step_mdp(step).select(*kept)
-            rollout: TensorDictBase = torch.stack(steps, -1)
-            if in_parts:
-                self.world_model.predict_outcome(rollout)
+        observation = state[self._state_keys[0]]
+        start = TensorDict(state, batch_size=observation.shape[:-1])
+        with autocast_to(self.sampling_dtype, observation.device):
+            rollout = imagine(
+                self.actor_network,
+                self.world_model,
+                start,
+                imagination_horizon or self.imagination_horizon,
+                noise=tensordict.get(self.tensor_keys.noise, None),
+                noise_key=getattr(self.actor_network, "noise_key", "noise"),
+            )
         if self.ignore_terminated:
             for key in (self.tensor_keys.done, self.tensor_keys.terminated):
                 rollout.get(("next", key)).zero_()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import ChunkedWorldModel
-from torchrl_mac.objectives.inputs import GoalKeys, required
+from torchrl_mac.objectives.common import GoalKeys, required
 
 __all__ = ["ChunkedWorldModelLoss"]
 
@@ -65,7 +65,7 @@ class ChunkedWorldModelLoss(LossModule):
         Attributes:
             observation (NestedKey): the state to predict, under ``"next"``. Defaults to
                 ``"observation"``.
-            goal (NestedKey): what the model reads as its goal, if it has one. Defaults to
+            value_goal (NestedKey): what the model reads as its goal, if it has one. Defaults to
                 ``"value_goal"``.
             reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
             terminated (NestedKey): the termination, under ``"next"``. Defaults to
@@ -74,7 +74,7 @@ class ChunkedWorldModelLoss(LossModule):
         """
 
         observation: NestedKey = "observation"
-        goal: NestedKey = "value_goal"
+        value_goal: NestedKey = "value_goal"
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
@@ -101,7 +101,7 @@ class ChunkedWorldModelLoss(LossModule):
 
     @property
     def _conditions(self) -> GoalKeys:
-        return GoalKeys(self.world_model.goal_key, self.tensor_keys.goal)
+        return GoalKeys(self.world_model.goal_key, self.tensor_keys.value_goal)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:

@@ -19,7 +19,6 @@ from torchrl.checkpoint import (
     CheckpointOptions,
     StateDictCheckpointAdapter,
 )
-from torchrl.data import ReplayBuffer
 
 from torchrl_mac.data.files import DamagedError, seal, sync, verify
 from torchrl_mac.modules.export import write_policy
@@ -28,9 +27,7 @@ __all__ = [
     "HeldState",
     "PolicyAdapter",
     "SealedCheckpoint",
-    "buffer_state",
     "is_finite",
-    "load_buffer_state",
     "on_host",
 ]
 
@@ -192,20 +189,3 @@ def is_finite(state: Any) -> bool:
     for check in checks:
         by_device.setdefault(check.device, []).append(check)
     return all(bool(torch.stack(part).all()) for part in by_device.values())
-
-
-def buffer_state(buffer: ReplayBuffer) -> Any:
-    """A buffer's state without the rows of a fixed dataset, if it holds them in memory."""
-    state = buffer.state_dict()
-    if isinstance(state, Mapping) and any(
-        isinstance(leaf, Tensor) for leaf in tree_leaves(state.get("_storage"))
-    ):
-        return {name: part for name, part in state.items() if name != "_storage"}
-    return state
-
-
-def load_buffer_state(buffer: ReplayBuffer, state: Any) -> None:
-    """Restores what :func:`buffer_state` returned; the rows are what they are."""
-    if isinstance(state, Mapping) and "_storage" not in state:
-        state = {**state, "_storage": buffer.storage.state_dict()}
-    buffer.load_state_dict(state)

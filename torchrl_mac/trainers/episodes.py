@@ -11,7 +11,7 @@ from torchrl.envs import EnvBase, InitTracker, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MultiStepActorWrapper
 
-from torchrl_mac.modules import FlowRejectionActor
+from torchrl_mac.modules import ChunkActor
 
 __all__ = ["EpisodeRunner"]
 
@@ -23,7 +23,7 @@ class EpisodeRunner:
 
     Args:
         make_env (callable): builds one environment.
-        actor (FlowRejectionActor): writes chunks of ``actor.chunk_size`` actions.
+        actor (ChunkActor): writes chunks of ``actor.chunk_size`` actions.
         num_envs (int): how many environments step side by side; they are built when needed.
         replan_interval (int): how many actions of a chunk are executed before the actor is asked
             again.
@@ -35,7 +35,7 @@ class EpisodeRunner:
     def __init__(
         self,
         make_env: Callable[[], EnvBase],
-        actor: FlowRejectionActor,
+        actor: ChunkActor,
         num_envs: int,
         replan_interval: int,
     ) -> None:

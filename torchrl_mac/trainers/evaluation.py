@@ -14,14 +14,14 @@ from tensordict import TensorDictBase
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs import EnvBase
 
-from torchrl_mac.modules import FlowRejectionActor
+from torchrl_mac.modules import ChunkActor
 from torchrl_mac.trainers.episodes import EpisodeRunner
 from torchrl_mac.trainers.workers import WorkerPool
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = ["EpisodeEvaluator", "Evaluation"]
 
 
-class Evaluator:
+class EpisodeEvaluator:
     """Runs seeded episodes of an environment and reports success, return and length.
 
     Episodes are run in rounds of several environments side by side, so that the actor is asked
@@ -35,7 +35,7 @@ class Evaluator:
 
     Args:
         make_env (callable): builds one environment, which reports ``"success"``.
-        actor (FlowRejectionActor): writes chunks of ``actor.chunk_size`` actions.
+        actor (ChunkActor): writes chunks of ``actor.chunk_size`` actions.
 
     Keyword Args:
         task_ids (sequence of int, optional): tasks to evaluate, one after the other; the
@@ -60,12 +60,12 @@ class Evaluator:
         >>> from torchrl.modules import ValueOperator
         >>> from torchrl_mac.envs import OGBenchEnv
         >>> from torchrl_mac.modules import FlowRejectionActor, NormedMLP, OneStepPolicy
-        >>> from torchrl_mac.trainers import Evaluator
+        >>> from torchrl_mac.trainers import EpisodeEvaluator
         >>> policy = OneStepPolicy(NormedMLP(2 + 20, 20, num_cells=(32,)), action_dim=20)
         >>> qvalue = ValueOperator(
         ...     NormedMLP(2 + 20, 1, num_cells=(32,)), in_keys=["observation", "action"]
         ... )
-        >>> evaluator = Evaluator(
+        >>> evaluator = EpisodeEvaluator(
         ...     lambda: OGBenchEnv("pointmaze-medium-navigate-singletask-v0"),
         ...     FlowRejectionActor(policy, qvalue, num_candidates=4, chunk_size=10),
         ...     num_episodes=2, num_envs=2, replan_interval=10,
@@ -80,7 +80,7 @@ class Evaluator:
     def __init__(
         self,
         make_env: Callable[[], EnvBase],
-        actor: FlowRejectionActor,
+        actor: ChunkActor,
         *,
         task_ids: Sequence[int] | None = None,
         num_episodes: int = 50,
@@ -194,7 +194,7 @@ class Evaluator:
 
 
 class Evaluation:
-    """An evaluation that has begun; :meth:`Evaluator.submit` makes it."""
+    """An evaluation that has begun; :meth:`EpisodeEvaluator.submit` makes it."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class Evaluation:
         return all(future.done() for futures in self._tasks.values() for future in futures)
 
     def result(self) -> dict[str, float]:
-        """The metrics of :meth:`Evaluator.__call__`, as soon as they are there.
+        """The metrics of :meth:`EpisodeEvaluator.__call__`, as soon as they are there.
 
         ``missing_episodes`` is one of them if some could not be run.
         """

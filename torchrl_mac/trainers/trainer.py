@@ -1,4 +1,4 @@
-"""The training loop for offline objectives."""
+"""The training loop: phases of updates, with hooks, logs, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,20 +19,21 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from torchrl_mac.trainers.checkpoint import buffer_state, load_buffer_state
+from torchrl_mac.data import buffer_state, load_buffer_state
 from torchrl_mac.trainers.evaluation import Evaluation
-from torchrl_mac.trainers.guard import give_up
+from torchrl_mac.trainers.hooks import TrainerHook
 from torchrl_mac.trainers.logs import rewind
-from torchrl_mac.trainers.phase import Phase, check_past
-from torchrl_mac.trainers.phase_training import PhaseTraining
-from torchrl_mac.trainers.rotation import RunCheckpoints
+from torchrl_mac.trainers.pending import PendingEvaluations
+from torchrl_mac.trainers.phase import Phase, PhaseTraining, check_past, terms_of
+from torchrl_mac.trainers.postmortem import give_up
+from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
 from torchrl_mac.trainers.signals import StopSignals
 
-__all__ = ["OfflineTrainer"]
+__all__ = ["PhaseTrainer"]
 
 
-class OfflineTrainer:
-    """Trains losses on a fixed dataset, phase after phase, and logs, evaluates and saves.
+class PhaseTrainer:
+    """Trains losses on batches of a buffer, phase after phase, and logs, evaluates and saves.
 
     With ``checkpoints`` a run that was killed goes on as if nothing had happened: :meth:`resume`,
     then :meth:`train`. On a CPU all parameters, moments, targets and metrics are then equal, bit
@@ -42,17 +44,19 @@ class OfflineTrainer:
 
     Args:
         losses (dict of LossModule): the objectives, by name.
-        buffer (ReplayBuffer): the dataset; sampled with each phase's batch size.
+        buffer (ReplayBuffer): sampled with each phase's batch size; a dataset, or a
+            :class:`~torchrl_mac.data.MixedReplayBuffer` of several.
         phases (sequence of Phase): what to train, in order. A phase trains the loss terms that
             it names and leaves all other parameters as they are.
 
     Keyword Args:
-        target_updater (TargetNetUpdater, optional): steps with every update that trains a term of
-            the loss it belongs to.
+        target_updaters (TargetNetUpdater or sequence of them, optional): each steps with every
+            update that trains a term of the loss it belongs to.
+        hooks (dict of TrainerHook, optional): what else happens, by name; called in this order.
         validation_buffer (ReplayBuffer, optional): a batch of it goes through the phase's losses,
-            without an update, each time something is logged.
+            without an update, each time something is logged. ``early_stopping`` needs it.
         evaluate (callable, optional): returns a dict of metrics, such as an
-            :class:`~torchrl_mac.trainers.Evaluator`. Called after the last update.
+            :class:`~torchrl_mac.trainers.EpisodeEvaluator`. Called after the last update.
         monitor (callable, optional): the same, every ``eval_interval`` updates of a phase before
             that. Usually cheaper. May return an :class:`~torchrl_mac.trainers.Evaluation` that goes
             on beside training; it is logged when it is finished, for the update it was begun at.
@@ -67,11 +71,11 @@ class OfflineTrainer:
         first_update (int, optional): counting goes on from there, after another trainer. Defaults
             to 0.
         progress_bar (bool, optional): defaults to ``True``.
-        **switches: ``compile``, ``cudagraphs``, ``precision``, ``max_grad_norm`` and
-            ``distributed`` of :class:`~torchrl_mac.trainers.LossUpdate`.
+        **switches: ``target_order``, ``compile``, ``cudagraphs``, ``precision``, ``max_grad_norm``
+            and ``distributed`` of :class:`~torchrl_mac.trainers.LossUpdate`.
 
     Raises:
-        ValueError: if a phase names a term that no loss has, or if two losses have the same.
+        ValueError: if a phase names a term that no loss has, or that several have.
         NonFiniteError: when training, if it cannot go on; says what is not finite.
 
     Examples:
@@ -80,7 +84,7 @@ class OfflineTrainer:
         >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
         >>> from torchrl_mac.modules import ChunkedWorldModel, NormedMLP
         >>> from torchrl_mac.objectives import ChunkedWorldModelLoss
-        >>> from torchrl_mac.trainers import OfflineTrainer, Phase
+        >>> from torchrl_mac.trainers import Phase, PhaseTrainer
         >>> networks = (NormedMLP(4 + 20, size, num_cells=(32,)) for size in (4, 1, 1))
         >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64))
         >>> _ = buffer.extend(
@@ -94,7 +98,7 @@ class OfflineTrainer:
         ...         ),
         ...     ).auto_batch_size_(1)
         ... )
-        >>> trainer = OfflineTrainer(
+        >>> trainer = PhaseTrainer(
         ...     {"world_model": ChunkedWorldModelLoss(ChunkedWorldModel(*networks))},
         ...     buffer,
         ...     [Phase("model", ["loss_dynamics", "loss_reward"], num_updates=5, batch_size=16)],
@@ -110,7 +114,8 @@ class OfflineTrainer:
         buffer: ReplayBuffer,
         phases: Sequence[Phase],
         *,
-        target_updater: TargetNetUpdater | None = None,
+        target_updaters: TargetNetUpdater | Sequence[TargetNetUpdater] = (),
+        hooks: Mapping[str, TrainerHook] | None = None,
         validation_buffer: ReplayBuffer | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         monitor: Callable[..., Mapping[str, float] | Evaluation] | None = None,
@@ -125,7 +130,9 @@ class OfflineTrainer:
         self.losses = dict(losses)
         self.buffer = buffer
         self.phases = list(phases)
-        self.target_updater = target_updater
+        single = isinstance(target_updaters, TargetNetUpdater)
+        self.target_updaters = [target_updaters] if single else list(target_updaters)
+        self.hooks = dict(hooks or {})
         self.validation_buffer = validation_buffer
         self.evaluate = evaluate
         self.monitor: Callable[..., Any] | None = evaluate if monitor is None else monitor
@@ -135,35 +142,34 @@ class OfflineTrainer:
         self.max_skipped = max_skipped
         self.progress_bar = progress_bar
         self.switches = switches
-        self.first_update = self.updates = first_update
+        self.updates = first_update
         self.skipped_updates = 0
         self.train_seconds = 0.0
+        self._past: list[dict[str, Any]] = []  # the phases that were begun
+        self._moments: dict[str, Any] = {}  # for phases that keep them
         self._training: PhaseTraining | None = None
         self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
         self._evaluation_due = False
-        self._pending: list[tuple[int, Evaluation]] = []
-        self._check_phases()
-
-    def _check_phases(self) -> None:
-        terms = [term for loss in self.losses.values() for term in loss.out_keys]
-        if len(set(terms)) < len(terms):
-            raise ValueError(f"Two losses have a term of the same name: {sorted(terms)}.")
+        self._pending = PendingEvaluations(self._log_evaluation)
         for phase in self.phases:
-            unknown = set(phase.losses) - set(terms)
-            if unknown:
-                raise ValueError(
-                    f"Phase {phase.name!r} trains {sorted(unknown)}, which no loss has; "
-                    f"choose among {terms}."
-                )
+            terms_of(phase, self.losses)
+            if phase.early_stopping is not None and validation_buffer is None:
+                raise ValueError(f"Phase {phase.name!r}: early_stopping needs a validation_buffer.")
 
     @property
     def num_updates(self) -> int:
-        """The number of updates of all phases together."""
+        """The number of updates of all phases together, if none stops early."""
         return sum(phase.num_updates for phase in self.phases)
 
     @property
-    def _last_update(self) -> int:
-        return self.first_update + self.num_updates
+    def phase(self) -> Phase:
+        """The current phase, or the last one that was."""
+        return self.phases[max(0, len(self._past) - 1)]
+
+    @property
+    def phase_updates(self) -> int:
+        """The number of updates that the current phase has made."""
+        return self._past[-1]["updates"] if self._past else 0
 
     def train(self) -> dict[str, float]:
         """Runs what is left of all phases.
@@ -175,32 +181,28 @@ class OfflineTrainer:
         Raises:
             SystemExit: after SIGINT or SIGTERM, with code 130 or 143.
         """
-        bar = tqdm(
-            total=self.num_updates,
-            initial=self.updates - self.first_update,
-            disable=not self.progress_bar,
-            unit="it",
-        )
+        done = sum(past["updates"] for past in self._past)
+        bar = tqdm(total=self.num_updates, initial=done, disable=not self.progress_bar, unit="it")
         compiled, metrics = True, {}
         stop = StopSignals()
         stops = self.checkpoints is not None and not self.switches.get("distributed")
         with bar, stop if stops else contextlib.nullcontext():
             self._resume_evaluations()
             metrics = self._evaluate_if_due(stop)
-            for phase, done in self._remaining():
+            for phase in self._remaining():
                 bar.set_description(phase.name)
                 with PhaseTraining(
-                    phase, self.losses, self.target_updater, **self.switches
+                    phase, self.losses, self.target_updaters, **self.switches
                 ) as training:
                     self._training = training
-                    self._restore(training, done)
-                    metrics = self._train_phase(training, done, stop, bar) or metrics
+                    self._begin(training)
+                    metrics = self._train_phase(training, stop, bar) or metrics
                     compiled &= training.update.is_compiled
                     self.skipped_updates += training.update.guard.read()["skipped"]
                     self._training = None
             if self._restored:  # of a finished run: what follows it draws on
                 GlobalRNGState().load_state_dict(self._restored["rng"])
-            stop.interruptible(self._wait_for_evaluations)
+            stop.interruptible(lambda: self._pending.collect(wait=True))
             self._leave_if(stop)
         result = {
             "updates": self.updates,
@@ -212,30 +214,85 @@ class OfflineTrainer:
             result["compiled"] = compiled
         return result
 
+    def _remaining(self) -> Iterator[Phase]:
+        """The phases that are not finished; the first one may have been begun."""
+        for k, phase in enumerate(self.phases):
+            if k == len(self._past):
+                past = {"name": phase.name, "num_updates": phase.num_updates}
+                self._past.append({**past, "updates": 0, "stopped": False})
+            past = self._past[k]
+            past["num_updates"] = phase.num_updates
+            if past["updates"] < phase.num_updates and not past["stopped"]:
+                yield phase
+
+    def _begin(self, training: PhaseTraining) -> None:
+        """Lets moments, and what was loaded, take effect in a phase."""
+        state, self._restored = self._restored, {}
+        if training.phase.keep_moments and not self.phase_updates:
+            training.load_moments(self._moments)
+        if state:
+            if self.phase_updates:
+                training.load_state_dict(state["training"])
+                self.skipped_updates -= training.update.guard.read()["skipped"]
+            GlobalRNGState().load_state_dict(state["rng"])
+
     def _train_phase(
-        self, training: PhaseTraining, done: int, stop: StopSignals, bar: tqdm
+        self, training: PhaseTraining, stop: StopSignals, bar: tqdm
     ) -> dict[str, float]:
         phase, clock = training.phase, time.perf_counter()
         metrics: dict[str, float] = {}
-        for step in range(done + 1, phase.num_updates + 1):
+        past, ended = self._past[-1], False
+        while not ended:
+            for hook in self.hooks.values():
+                hook.before_update(self)
             batch = self.buffer.sample(phase.batch_size)
             losses = training.step(batch)
             self.updates += 1
+            past["updates"] += 1
             bar.update()
-            last = self.updates == self._last_update
+            for hook in self.hooks.values():
+                hook.after_update(self, batch, losses)
+            past["stopped"] = self._stops(training)
+            ended = past["stopped"] or self.phase_updates == phase.num_updates
+            last = ended and len(self._past) == len(self.phases)
             if self.updates % self.log_interval == 0 or last:
                 self._log_losses(training, losses, batch, bar)
-                self._log_evaluations(wait=False)
+                self._pending.collect(wait=False)
+            if ended:
+                self._end(training)
             self._evaluation_due = last or (
-                phase.eval_interval > 0 and step % phase.eval_interval == 0
+                phase.eval_interval > 0 and self.phase_updates % phase.eval_interval == 0
             )
             if self._evaluation_due or stop or self._checkpoint_due():
                 self.train_seconds += time.perf_counter() - clock
                 self._save(wait=bool(stop))
                 metrics = self._evaluate_if_due(stop) or metrics
                 clock = time.perf_counter()
+        bar.total -= phase.num_updates - self.phase_updates
         self.train_seconds += time.perf_counter() - clock
         return metrics
+
+    def _stops(self, training: PhaseTraining) -> bool:
+        """Validates, if it is time; whether the phase stops early."""
+        settings, stopping = training.phase.early_stopping, training.stopping
+        if settings is None or stopping is None or self.phase_updates % settings.interval:
+            return False
+        values = []
+        with torch.no_grad(), torch.random.fork_rng():  # training's own numbers stay as they are
+            for _ in range(settings.num_batches):
+                validation = self.validation_buffer.sample(training.phase.batch_size)
+                terms, metrics = training.update.compute(validation)
+                value = sum(terms) if settings.metric is None else metrics[settings.metric]
+                values.append(float(value))
+        return stopping.note(fmean(values), training.parameters)
+
+    def _end(self, training: PhaseTraining) -> None:
+        if training.stopping is not None:
+            training.stopping.restore(training.parameters)
+        if any(phase.keep_moments for phase in self.phases[len(self._past) :]):
+            self._moments.update(training.moments())
+        for hook in self.hooks.values():
+            hook.end_phase(self)
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Restores a checkpoint; :meth:`train` then goes on from there.
@@ -264,31 +321,13 @@ class OfflineTrainer:
         torchrl_logger.info(f"Going on after {self.updates} updates, from {path}")
         return True
 
-    def _remaining(self) -> Iterator[tuple[Phase, int]]:
-        """The phases that are not finished and how many of their updates are done."""
-        end = self.first_update
-        for phase in self.phases:
-            begin, end = end, end + phase.num_updates
-            if self.updates < end:
-                yield phase, max(0, self.updates - begin)
-
-    def _restore(self, training: PhaseTraining, done: int) -> None:
-        """Lets what was loaded take effect in the phase that goes on."""
-        state, self._restored = self._restored, {}
-        if state:
-            if done:
-                training.load_state_dict(state["training"])
-                self.skipped_updates -= training.update.guard.read()["skipped"]
-            GlobalRNGState().load_state_dict(state["rng"])
-
     def _log_losses(
         self, training: PhaseTraining, losses: TensorDictBase, batch: TensorDictBase, bar: tqdm
     ) -> None:
         phase, update = training.phase, training.update
-        values = {f"train/{key}": value.item() for key, value in losses.items()}
-        bar.set_postfix(
-            {key.split("_")[-1]: f"{value.item():.3g}" for key, value in losses.items()}
-        )
+        figures = {key: value.float().mean().item() for key, value in losses.items()}
+        values = {f"train/{key}": value for key, value in figures.items()}
+        bar.set_postfix({key.split("_")[-1]: f"{value:.3g}" for key, value in figures.items()})
         skipped = update.guard.read()
         if skipped["skipped"]:
             values["train/skipped_updates"] = self.skipped_updates + skipped["skipped"]
@@ -298,12 +337,12 @@ class OfflineTrainer:
         if self.validation_buffer is not None:
             with torch.no_grad():
                 validation = self.validation_buffer.sample(phase.batch_size)
-                for key, value in update.compute(validation).items():
-                    values[f"validation/{key}"] = value.item()
+                for key, value in update.compute(validation)[1].items():
+                    values[f"validation/{key}"] = value.float().mean().item()
         self._log(values, self.updates)
         if skipped["in_a_row"] >= self.max_skipped:
             folder = None if self.checkpoints is None else self.checkpoints.folder.parent
-            give_up(update.losses, self.buffer, batch, self.state_dict(), folder)
+            give_up(list(update.losses.values()), self.buffer, batch, self.state_dict(), folder)
 
     def _checkpoint_due(self) -> bool:
         return self.checkpoints is not None and self.checkpoints.due(self.updates)
@@ -323,53 +362,44 @@ class OfflineTrainer:
             )
             raise SystemExit(stop.exit_code)
 
+    @property
+    def _is_finished(self) -> bool:
+        return len(self._past) == len(self.phases) and (
+            self._past[-1]["stopped"] or self.phase_updates >= self.phases[-1].num_updates
+        )
+
     def _evaluate_if_due(self, stop: StopSignals) -> dict[str, float]:
         """Evaluates, unless a signal has come: then a checkpoint says that it is due."""
         self._leave_if(stop)
         if not self._evaluation_due:
             return {}
-        last = self.updates == self._last_update
-        evaluate = self.evaluate if last else self.monitor
+        evaluate = self.evaluate if self._is_finished else self.monitor
         metrics: Any = {}
         try:
             if evaluate is not None:
                 metrics = stop.interruptible(evaluate)
         except Exception as error:
-            if last:
+            if self._is_finished:
                 raise
             torchrl_logger.warning(f"Training goes on without an evaluation: {error!r}")
         self._leave_if(stop)
         self._evaluation_due = False
         if not isinstance(metrics, Mapping):
-            self._pending.append((self.updates, metrics))
-            self._log_evaluations(wait=False)
+            self._pending.add(self.updates, metrics)
+            self._pending.collect(wait=False)
             return {}
-        self._log_metrics(metrics, self.updates)
+        self._log_evaluation(metrics, self.updates)
         return dict(metrics)
 
     def _resume_evaluations(self) -> None:
         for evaluation in self._restored.get("evaluations", ()):
             if self.monitor is not None:
                 begun = self.monitor(state=evaluation["state"])
-                self._pending.append((evaluation["updates"], begun))
+                self._pending.add(evaluation["updates"], begun)
             if self.checkpoints is not None:
                 self.checkpoints.expect(evaluation["updates"])
 
-    def _wait_for_evaluations(self) -> None:
-        self._log_evaluations(wait=True)
-
-    def _log_evaluations(self, *, wait: bool) -> None:
-        while self._pending and (wait or self._pending[0][1].done()):
-            updates, evaluation = self._pending[0]
-            try:
-                metrics = evaluation.result()
-            except Exception as error:
-                torchrl_logger.warning(f"The evaluation after {updates} updates failed: {error!r}")
-                metrics = {}
-            del self._pending[0]
-            self._log_metrics(metrics, updates)
-
-    def _log_metrics(self, metrics: Mapping[str, float], updates: int) -> None:
+    def _log_evaluation(self, metrics: Mapping[str, float], updates: int) -> None:
         if self.checkpoints is not None:
             self.checkpoints.record(updates, metrics)
         if metrics:
@@ -381,29 +411,40 @@ class OfflineTrainer:
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=updates)
 
+    def _buffers(self) -> dict[str, ReplayBuffer]:
+        """All buffers, each once; those within others are saved with them."""
+        candidates = {"train": self.buffer, "validation": self.validation_buffer}
+        for name, hook in self.hooks.items():
+            candidates |= {f"{name}.{part}": buffer for part, buffer in hook.buffers().items()}
+        found: dict[str, ReplayBuffer] = {}
+        seen: set[int] = set()
+        for name, buffer in candidates.items():
+            if buffer is not None and id(buffer) not in seen:
+                found[name] = buffer
+                members = getattr(buffer, "buffers", {})
+                seen |= {id(buffer), *map(id, members.values())}
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of training depends on, target networks and random numbers included."""
-        buffers = {"train": self.buffer, "validation": self.validation_buffer}
         skipped = self._training.update.guard.read()["skipped"] if self._training else 0
         return {
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "training": self._training.state_dict() if self._training else {},
-            "buffers": {
-                name: buffer_state(buf) for name, buf in buffers.items() if buf is not None
-            },
+            "moments": self._moments,
+            "buffers": {name: buffer_state(buffer) for name, buffer in self._buffers().items()},
+            "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
             "loggers": [[type(logger).__name__, logger.state_dict()] for logger in self.loggers],
             "rng": GlobalRNGState().state_dict(),
             "progress": {
                 "updates": self.updates,
                 "skipped_updates": self.skipped_updates + skipped,
                 "train_seconds": self.train_seconds,
-                "target_counter": getattr(self.target_updater, "counter", None),  # HardUpdate
-                "phases": [[phase.name, phase.num_updates] for phase in self.phases],
+                # HardUpdate counts
+                "targets": [getattr(updater, "counter", None) for updater in self.target_updaters],
+                "phases": self._past,
                 "evaluation_due": self._evaluation_due,
-                "evaluations": [
-                    {"updates": updates, "state": evaluation.state}
-                    for updates, evaluation in self._pending
-                ],
+                "evaluations": self._pending.state(),
             },
         }
 
@@ -414,22 +455,26 @@ class OfflineTrainer:
             ValueError: if another sequence of phases has led to the state.
         """
         progress = state_dict["progress"]
-        check_past(self.phases, progress["phases"], progress["updates"] - self.first_update)
+        check_past(self.phases, progress["phases"])
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
-        load_buffer_state(self.buffer, state_dict["buffers"]["train"])
-        if self.validation_buffer is not None:
-            load_buffer_state(self.validation_buffer, state_dict["buffers"]["validation"])
+        for name, buffer in self._buffers().items():
+            load_buffer_state(buffer, state_dict["buffers"][name])
+        for name, hook in self.hooks.items():
+            hook.load_state_dict(state_dict["hooks"].get(name, {}))
         states: dict[str, list[Any]] = {}
         for kind, state in state_dict["loggers"]:
             states.setdefault(kind, []).append(state)
         for logger in self.loggers:  # there may be others now
             known = states.get(type(logger).__name__)
             rewind(logger, known.pop(0) if known else None)
+        self._past = [dict(past) for past in progress["phases"]]
+        self._moments = dict(state_dict["moments"])
         self.updates = progress["updates"]
         self.skipped_updates = progress["skipped_updates"]
         self.train_seconds = progress["train_seconds"]
-        if progress["target_counter"] is not None:
-            vars(self.target_updater)["counter"] = progress["target_counter"]
+        for updater, counter in zip(self.target_updaters, progress["targets"], strict=True):
+            if counter is not None:
+                vars(updater)["counter"] = counter
         self._evaluation_due = progress["evaluation_due"]
         self._restored = {**state_dict, "evaluations": progress["evaluations"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,29 +19,35 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from torchrl_mac.trainers.guard import FiniteGuard, undone_where
 
-__all__ = ["LossUpdate", "Precision"]
+__all__ = ["LossUpdate", "Precision", "TargetOrder"]
 
 Precision = Literal["fp32", "tf32", "bf16", "bf16-mixed"]
+TargetOrder = Literal["before", "after"]
 
 
 class LossUpdate:
     """Turns a batch into one optimizer step on the sum of several losses.
 
-    All losses are computed with the same parameters; then the target network moves towards the
-    parameters *as they were in those losses*, and only then does the optimizer step. The target
-    thus lags one step behind the usual order, as in the reference implementation of MAC
-    (https://arxiv.org/abs/2512.08108).
+    All losses are computed with the same parameters. Then the target networks move and the
+    optimizer steps, in the order of ``target_order``.
 
     An update whose loss or gradient is not finite changes nothing: no parameter, no target, no
     state of the optimizer. :attr:`guard` counts those, without a word to the host.
 
     Args:
-        losses (sequence of LossModule): every output whose name starts with ``"loss_"`` is added.
-        optimizer (torch.optim.Optimizer): holds the parameters to train.
-        target_updater (TargetNetUpdater, optional): such as
-            :class:`~torchrl.objectives.SoftUpdate`.
+        losses (dict or sequence of LossModule): every output whose name starts with ``"loss_"`` is
+            added; all others are metrics. Where two losses have an output of the same name, it is
+            returned as ``"{loss}/{output}"``, by the loss's name in the dict.
+        optimizer (torch.optim.Optimizer): holds the parameters to train. Groups of parameters have
+            learning rates and settings of their own, see :func:`parameter_groups`.
+        target_updaters (TargetNetUpdater or sequence of them, optional): such as
+            :class:`~torchrl.objectives.SoftUpdate`, one for each loss with target networks.
 
     Keyword Args:
+        target_order (str, optional): ``"before"`` (default): targets move towards the parameters
+            *as they were in the losses*, then the optimizer steps; they lag one step behind, as in
+            the reference implementation of MAC (https://arxiv.org/abs/2512.08108) and its
+            relatives. ``"after"``: towards those that the optimizer has made, the usual order.
         compile (bool or dict, optional): whether the losses and their gradients are compiled, as
             one graph each; a dict has keyword arguments of :func:`torch.compile`. Where that
             fails, a warning says why and the update goes on without. Defaults to ``False``.
@@ -60,8 +67,8 @@ class LossUpdate:
             begin with the first one's parameters). Defaults to ``False``.
 
     Raises:
-        ValueError: if ``precision`` is unknown, ``max_grad_norm`` is not positive, or
-            ``cudagraphs`` comes with ``distributed`` or with an optimizer that is not
+        ValueError: if ``precision`` or ``target_order`` is unknown, ``max_grad_norm`` is not
+            positive, or ``cudagraphs`` comes with ``distributed`` or with an optimizer that is not
             ``capturable`` and ``fused``.
 
     Examples:
@@ -88,10 +95,11 @@ class LossUpdate:
 
     def __init__(
         self,
-        losses: Sequence[LossModule],
+        losses: Mapping[str, LossModule] | Sequence[LossModule],
         optimizer: torch.optim.Optimizer,
-        target_updater: TargetNetUpdater | None = None,
+        target_updaters: TargetNetUpdater | Sequence[TargetNetUpdater] = (),
         *,
+        target_order: TargetOrder = "before",
         compile: bool | dict[str, Any] = False,
         cudagraphs: bool = False,
         precision: Precision = "fp32",
@@ -100,6 +108,10 @@ class LossUpdate:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}.")
+        if target_order not in get_args(TargetOrder):
+            raise ValueError(
+                f"target_order must be one of {get_args(TargetOrder)}, got {target_order!r}."
+            )
         if cudagraphs and distributed:
             raise ValueError("cudagraphs=True and distributed=True do not go together.")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -111,16 +123,22 @@ class LossUpdate:
                 "cudagraphs=True needs an optimizer that can be captured, such as "
                 "torch.optim.Adam(..., lr=torch.tensor(3e-4), fused=True, capturable=True)."
             )
-        self.losses = list(losses)
+        self.losses = named(losses)
         self.optimizer = optimizer
-        self.target_updater = target_updater
+        single = isinstance(target_updaters, TargetNetUpdater)
+        self.target_updaters = [target_updaters] if single else list(target_updaters)
+        self.target_order = target_order
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         device = optimizer.param_groups[0]["params"][0].device
         self.guard = FiniteGuard(device, distributed=distributed)
-        self._targets = [] if target_updater is None else _targets(target_updater.loss_module)
+        self._targets = [
+            target for updater in self.target_updaters for target in _targets(updater.loss_module)
+        ]
+        outputs = Counter(key for loss in self.losses.values() for key in loss.out_keys)
+        self._shared_names = {key for key, count in outputs.items() if count > 1}
         if precision.startswith("bf16"):
-            for loss in self.losses:
+            for loss in self.losses.values():
                 if hasattr(loss, "sampling_dtype"):
                     loss.sampling_dtype = torch.bfloat16
         self._compiled = None
@@ -131,7 +149,7 @@ class LossUpdate:
         self._forward: Callable = self._compiled or self._total
         if distributed:
             self._forward = DistributedDataParallel(
-                _Module(self.losses, self._forward),
+                _Module(list(self.losses.values()), self._forward),
                 broadcast_buffers=False,
                 find_unused_parameters=True,  # those of terms that are not selected
             )
@@ -153,15 +171,21 @@ class LossUpdate:
         """The sum that an update minimises, with its graph, and the losses, detached."""
         return self._forward(tensordict)
 
-    def compute(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses of a batch, without an update."""
+    def compute(self, tensordict: TensorDictBase) -> tuple[list[torch.Tensor], TensorDictBase]:
+        """The terms to add up, and all losses and metrics by name, without an update."""
+        terms: list[torch.Tensor] = []
         metrics = TensorDict()
         mixed = self.precision == "bf16-mixed"
-        for loss in self.losses:
+        for name, loss in self.losses.items():
             device = next(loss.parameters()).device.type
             with torch.autocast(device, torch.bfloat16) if mixed else contextlib.nullcontext():
-                metrics.update(loss(tensordict))
-        return metrics
+                out = loss(tensordict)
+            for key, value in out.items():
+                if key.startswith("loss_"):
+                    terms.append(value)
+                is_shared = key in self._shared_names or key in metrics
+                metrics.set(f"{name}/{key}" if is_shared else key, value)
+        return terms, metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer and of :attr:`guard`; losses have their own."""
@@ -177,8 +201,7 @@ class LossUpdate:
         self.guard.counts.copy_(state_dict["guard"])
 
     def _total(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
-        metrics = self.compute(tensordict)
-        terms = [value for key, value in metrics.items() if key.startswith("loss_")]
+        terms, metrics = self.compute(tensordict)
         return torch.stack(terms).sum(), metrics.detach()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -190,15 +213,32 @@ class LossUpdate:
         bad = self.guard.check(total, norm)
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        if self.target_updater is not None:
-            with undone_where(bad, self._targets):
-                self.target_updater.step()
+        if self.target_order == "before":
+            self._step_targets(bad)
         if self._masks:
             vars(self.optimizer).update(grad_scale=None, found_inf=bad)
             self.optimizer.step()
         elif not bad:  # read on the host
             self.optimizer.step()
+        if self.target_order == "after":
+            self._step_targets(bad)
         return metrics.set("grad_norm", norm)
+
+    def _step_targets(self, bad: torch.Tensor) -> None:
+        with undone_where(bad, self._targets):
+            for updater in self.target_updaters:
+                updater.step()
+
+
+def named(losses: Mapping[str, LossModule] | Sequence[LossModule]) -> dict[str, LossModule]:
+    """Losses by name; those without one have that of their class, numbered where it is shared."""
+    if isinstance(losses, Mapping):
+        return dict(losses)
+    found: dict[str, LossModule] = {}
+    for loss in losses:
+        name = type(loss).__name__
+        found[name if name not in found else f"{name}{len(found)}"] = loss
+    return found
 
 
 def _targets(loss: LossModule) -> list[torch.Tensor]:

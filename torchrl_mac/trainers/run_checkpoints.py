@@ -15,8 +15,8 @@ from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 
 from torchrl_mac.data.files import read_json, write_json
-from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.modules.export import SCORES, describe_policy
+from torchrl_mac.modules import ChunkActor
+from torchrl_mac.modules.export import describe_policy
 from torchrl_mac.trainers.checkpoint import (
     HeldState,
     PolicyAdapter,
@@ -24,6 +24,7 @@ from torchrl_mac.trainers.checkpoint import (
     is_finite,
     on_host,
 )
+from torchrl_mac.trainers.policies import SCORES
 
 __all__ = ["RunCheckpoints"]
 
@@ -39,7 +40,7 @@ class RunCheckpoints:
         folder (str or Path): where the checkpoints are, as ``checkpoint-000000001000``.
 
     Keyword Args:
-        actor (FlowRejectionActor, optional): saved in each checkpoint for
+        actor (ChunkActor, optional): saved in each checkpoint for
             :func:`~torchrl_mac.load_policy`.
         config (mapping, optional): the run's settings, JSON-compatible, saved in each checkpoint
             and beside the actor. Changes are listed when a run goes on with another.
@@ -72,7 +73,7 @@ class RunCheckpoints:
         self,
         folder: str | Path,
         *,
-        actor: FlowRejectionActor | None = None,
+        actor: ChunkActor | None = None,
         config: Mapping[str, Any] | None = None,
         fixed: Sequence[str] = (),
         keep_last: int = 2,
@@ -138,7 +139,7 @@ class RunCheckpoints:
             )
             return False
         copy = on_host(dict(state))
-        policy = None if self.actor is None else describe_policy(self.actor, **self.config)
+        policy = None if self.actor is None else describe_policy(self.actor, self.config)
         self._writing = self._thread.submit(self._write, updates, copy, policy)
         return self.wait() if wait else True
 

@@ -1,14 +1,16 @@
-"""What networks are conditioned on, read from a loss's input."""
+"""What the losses share: reading their input, and reduced precision where no gradient goes."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["GoalKeys", "required"]
+__all__ = ["GoalKeys", "autocast_to", "required"]
 
 
 def required(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
@@ -55,3 +57,17 @@ class GoalKeys:
                 )
             values[key] = required(tensordict, source)
         return values
+
+
+def autocast_to(
+    dtype: torch.dtype | None, device: torch.device
+) -> contextlib.AbstractContextManager:
+    """Autocast to ``dtype``; ``None`` changes nothing.
+
+    Inside of another autocast, weights are cast anew: PyTorch would hand out casts made without a
+    gradient to the passes that need one.
+    """
+    if dtype is None:
+        return contextlib.nullcontext()
+    nested = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, dtype, cache_enabled=not nested)

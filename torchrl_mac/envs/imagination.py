@@ -1,0 +1,100 @@
+"""Rollouts in a world model, inside losses and hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.envs.utils import step_mdp
+
+from torchrl_mac.modules import WorldModelBase
+
+__all__ = ["imagine", "read_only"]
+
+
+def imagine(
+    actor: TensorDictModuleBase,
+    world_model: TensorDictModuleBase,
+    start: TensorDictBase,
+    horizon: int,
+    *,
+    noise: Tensor | None = None,
+    noise_key: NestedKey = "noise",
+) -> TensorDictBase:
+    r"""Imagines what an actor would do and what would come of it.
+
+    The same numbers as ``ChunkedWorldModelEnv.rollout``, in the loop that compiles and costs half
+    as much: for an environment with specs, resets and collectors take that one.
+
+    Gradients flow through actions and states, wherever they are not switched off
+    (:func:`torch.no_grad`); parameters that are only read are kept out of it by :func:`read_only`.
+
+    Args:
+        actor (TensorDictModule): writes the action that ``world_model`` reads.
+        world_model (TensorDictModule): writes under ``"next"`` what follows; the reward and the end
+            of a :class:`~torchrl_mac.modules.WorldModelBase` are predicted once, for all steps.
+        start (TensorDictBase): start states ``[*]``. All of its entries, such as a goal, are there
+            at each step; those that the model writes under ``"next"`` are carried on.
+        horizon (int): the number of steps ``H``, each a chunk of actions if the actor's are.
+
+    Keyword Args:
+        noise (Tensor, optional): the actor's noise, ``[*, H, ...]``. Default: the actor draws it.
+        noise_key (NestedKey, optional): where the actor reads it. Defaults to ``"noise"``.
+
+    Returns:
+        the rollout ``[*, H]``, in the layout of :meth:`~torchrl.envs.EnvBase.rollout`. All steps
+        are imagined, whether or not one before them has ended the task.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_mac.envs import imagine
+        >>> from torchrl_mac.modules import (
+        ...     ChunkedWorldModel, NormedMLP, OneStepPolicy, PolicyActor
+        ... )
+        >>> policy = OneStepPolicy(NormedMLP(4 + 20, 20, num_cells=(32,)), action_dim=20)
+        >>> model = ChunkedWorldModel(*(NormedMLP(24, n, num_cells=(32,)) for n in (4, 1, 1)))
+        >>> start = TensorDict(observation=torch.randn(3, 4), batch_size=[3])
+        >>> rollout = imagine(PolicyActor(policy, chunk_size=10), model, start, 5)
+        >>> rollout["next", "reward"].shape
+        torch.Size([3, 5, 1])
+    """
+    kept = list(start.keys(True, True))
+    in_parts = isinstance(world_model, WorldModelBase)
+    predict = world_model.predict_state if in_parts else world_model
+    state, dim, steps = start.copy(), start.ndim, []
+    for k in range(horizon):
+        if noise is not None:
+            state.set(noise_key, noise.select(dim, k))
+        step = predict(actor(state))
+        steps.append(step)
+        state = step_mdp(step).select(*kept)
+    rollout: TensorDictBase = torch.stack(steps, -1)
+    return world_model.predict_outcome(rollout) if in_parts else rollout
+
+
+@contextlib.contextmanager
+def read_only(module: nn.Module) -> Iterator[None]:
+    """Lets gradients through a module, but none into its parameters.
+
+    In this context the module computes with its parameters, detached.
+
+    Args:
+        module (nn.Module): the module, such as a world model that an actor is trained through.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.envs import read_only
+        >>> layer, x = torch.nn.Linear(2, 1), torch.ones(2, requires_grad=True)
+        >>> with read_only(layer):
+        ...     layer(x).sum().backward()
+        >>> layer.weight.grad is None, x.grad.shape
+        (True, torch.Size([2]))
+    """
+    with TensorDict.from_module(module).data.to_module(module):
+        yield

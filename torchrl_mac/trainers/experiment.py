@@ -1,0 +1,355 @@
+"""What every script does around its algorithm; needs Hydra."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torchrl._utils import logger as torchrl_logger
+from torchrl.data import ReplayBuffer
+from torchrl.envs.transforms import Compose, DeviceCastTransform, Transform
+from torchrl.objectives import LossModule
+from torchrl.record import CSVLogger, WandbLogger
+from torchrl.record.loggers import Logger
+
+from torchrl_mac.data import NUM_TASKS, OGBenchExperienceReplay, OGBenchName
+from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.modules import ChunkActor, save_policy
+from torchrl_mac.trainers.distributed import join_group
+from torchrl_mac.trainers.evaluation import EpisodeEvaluator
+from torchrl_mac.trainers.logs import JSONLinesLogger
+from torchrl_mac.trainers.phase import Phase
+from torchrl_mac.trainers.report import plot_curves, write_summary
+from torchrl_mac.trainers.run import RunFolder
+from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
+from torchrl_mac.trainers.trainer import PhaseTrainer
+
+__all__ = ["Experiment", "resolve_task"]
+
+_SWITCHES = ("compile", "cudagraphs", "precision", "max_grad_norm")  # of every update
+_FIXED = ("dataset", "dataset_digest", "task_ids", "seed", "chunk_size", "activation")
+
+
+class Experiment(contextlib.AbstractContextManager):
+    """A run of a script: seeds, data, logs, checkpoints, evaluation and the report.
+
+    Every script's settings have those that this class reads, explained in ``configs/mac/mac.yaml``:
+    all that stands under "Run", "Evaluation" and the first part of "Data", and ``phases``. The
+    folder of results is Hydra's output folder; nothing is written to it before :meth:`trainer` is
+    called, so that settings and data that are not valid leave no trace.
+
+    Args:
+        cfg (DictConfig): the settings.
+
+    Keyword Args:
+        fixed (sequence of str, optional): settings that a run cannot go on without when it is
+            resumed, beside the dataset, the seed, and those named ``..._cells``. Defaults to none.
+
+    Raises:
+        ValueError: if settings contradict each other.
+    """
+
+    def __init__(self, cfg: DictConfig, *, fixed: Sequence[str] = ()) -> None:
+        self.cfg = cfg
+        self.task = resolve_task(cfg.dataset, cfg.task_id)
+        self.fixed = [*_FIXED, *fixed, *(key for key in cfg if str(key).endswith("_cells"))]
+        self.rank, self.device = join_group(cfg.device)
+        self.is_first = self.rank == 0  # of torchrun's processes, the one that evaluates and writes
+        self.path = Path(HydraConfig.get().runtime.output_dir)
+        self._stack = contextlib.ExitStack()
+        torch.manual_seed(cfg.seed)
+        if cfg.num_threads:
+            torch.set_num_threads(cfg.num_threads)
+
+    def __exit__(self, *details: Any) -> None:
+        self._stack.__exit__(*details)
+
+    @property
+    def is_goal_conditioned(self) -> bool:
+        """Whether one agent learns all tasks of the environment, told which by a goal."""
+        return self.task.mode == "oraclerep"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, without what only says how to go on."""
+        settings: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        return {key: value for key, value in settings.items() if key != "resume"}
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The settings' ``phases``."""
+        return [Phase(**phase) for phase in self.settings["phases"]]
+
+    def dataset(
+        self,
+        split: str,
+        *,
+        dataset: str | None = None,
+        transforms: Sequence[Transform] = (),
+        **kwargs: Any,
+    ) -> OGBenchExperienceReplay:
+        """A split of the dataset as a replay buffer with normalised observations and goals.
+
+        Args:
+            split (str): ``"train"`` or ``"val"``.
+
+        Keyword Args:
+            dataset (str, optional): another one than the settings'.
+            transforms (sequence of Transform, optional): applied to samples after normalisation.
+            **kwargs: of :class:`~torchrl_mac.data.OGBenchExperienceReplay`.
+        """
+        cfg = self.cfg
+        buffer = OGBenchExperienceReplay(
+            dataset or cfg.dataset,
+            self.phases[0].batch_size if cfg.prefetch else None,  # what is drawn ahead at first
+            root=cfg.root,
+            source=cfg.data_dir,
+            split=split,
+            device=self.device if cfg.data_on_device else "cpu",
+            prefetch=cfg.prefetch or None,
+            generator=torch.Generator().manual_seed(cfg.seed + 2**32 * self.rank),
+            **kwargs,
+        )
+        buffer.append_transform(buffer.observation_norm())
+        if self.is_goal_conditioned:
+            buffer.append_transform(buffer.goal_norm())
+        for transform in (*transforms, DeviceCastTransform(self.device)):
+            buffer.append_transform(transform)
+        return buffer
+
+    def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
+        """What makes an actor of normalised observations, and goals, one of the simulator's."""
+        norms = [buffer.observation_norm(in_keys=["observation"])]
+        if self.is_goal_conditioned:
+            norms.append(buffer.goal_norm(in_keys=["goal"]))
+        return Compose(*norms).to(self.device)
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        """The run's folder, this process's alone from now on."""
+        return self._stack.enter_context(RunFolder(self.path, resume=self.cfg.resume))
+
+    @cached_property
+    def loggers(self) -> list[Logger]:
+        """CSV files, lines of JSON and, if wanted, Weights & Biases."""
+        if not self.is_first:
+            return []
+        path, kinds = self.folder.path, (CSVLogger, JSONLinesLogger)
+        loggers: list[Logger] = [kind("logs", str(path)) for kind in kinds]
+        if self.cfg.wandb != "disabled":
+            offline = self.cfg.wandb == "offline"
+            of_run = {"save_dir": str(path), "project": self.cfg.project, "id": self.folder.id}
+            loggers.append(WandbLogger(path.name, offline=offline, **of_run))
+        for logger in loggers:
+            logger.log_hparams(OmegaConf.to_container(self.cfg, resolve=True))
+            self._stack.callback(logger.close)
+        return loggers
+
+    def trainer(
+        self,
+        losses: Mapping[str, LossModule],
+        buffer: ReplayBuffer,
+        *,
+        digest: str,
+        actor: ChunkActor | None = None,
+        phases: Sequence[Phase] | None = None,
+        name: str = "",
+        **kwargs: Any,
+    ) -> PhaseTrainer:
+        """A trainer that logs, saves and resumes as the settings say; all losses are there by now.
+
+        Args:
+            losses (dict of LossModule): the objectives, by name.
+            buffer (ReplayBuffer): what batches are drawn from.
+
+        Keyword Args:
+            digest (str): that of the dataset, without which the run cannot go on.
+            actor (ChunkActor, optional): saved with each checkpoint.
+            phases (sequence of Phase, optional): defaults to those of the settings.
+            name (str, optional): of one of several trainers: the folder of its checkpoints.
+            **kwargs: of :class:`~torchrl_mac.trainers.PhaseTrainer`.
+        """
+        cfg, distributed = self.cfg, torch.distributed.is_initialized()
+        if not self.is_first:  # parameters are those of the first; noise is each one's own
+            torch.manual_seed(cfg.seed + 2**32 * self.rank)
+        checkpoints = RunCheckpoints(
+            self.folder.path / self._checkpoints / name,
+            actor=actor,
+            config={**self.settings, "dataset_digest": digest},
+            fixed=self.fixed,
+            keep_last=cfg.keep_checkpoints,
+            interval=cfg.checkpoint_interval,
+            # processes of torchrun must agree, so not by the clock
+            interval_seconds=math.inf if distributed else cfg.checkpoint_seconds,
+        )
+        self._stack.enter_context(contextlib.closing(checkpoints))
+        return PhaseTrainer(
+            losses,
+            buffer,
+            self.phases if phases is None else phases,
+            loggers=self.loggers,
+            checkpoints=checkpoints,
+            log_interval=cfg.log_interval,
+            progress_bar=self.is_first,
+            distributed=distributed,
+            **{switch: cfg[switch] for switch in _SWITCHES},
+            **kwargs,
+        )
+
+    @property
+    def _checkpoints(self) -> str:
+        return "checkpoints" if self.is_first else f"checkpoints-rank{self.rank}"
+
+    def resume(self, trainer: PhaseTrainer) -> bool:
+        """Goes on with the checkpoint that the settings name, or the newest; if there is one."""
+        chosen = self.folder.checkpoint
+        if chosen is not None and not self.is_first:  # its own beside the first one's
+            chosen = chosen.parent.with_name(self._checkpoints) / chosen.name
+        return trainer.resume(chosen)
+
+    def evaluator(self, actor: ChunkActor, dataset: str | None = None) -> EpisodeEvaluator:
+        """Seeded episodes in the simulator; of all tasks, where one agent has learned them all."""
+        cfg = self.cfg
+        device = "cpu" if cfg.eval_workers else self.device
+        evaluator = EpisodeEvaluator(
+            partial(OGBenchEnv, dataset or cfg.dataset, device=device),
+            actor,
+            task_ids=range(1, NUM_TASKS + 1) if self.is_goal_conditioned else None,
+            num_episodes=cfg.eval_episodes,
+            num_envs=cfg.eval_num_envs,
+            num_workers=cfg.eval_workers,
+            timeout=cfg.eval_timeout,
+            replan_interval=cfg.replan_interval,
+            seed=cfg.eval_seed,
+        )
+        return self._stack.enter_context(contextlib.closing(evaluator))
+
+    def train(
+        self,
+        losses: Mapping[str, LossModule],
+        buffer: ReplayBuffer,
+        actor: ChunkActor,
+        *,
+        dataset: OGBenchExperienceReplay | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Trains, evaluates and reports; goes on where the run was interrupted.
+
+        Args:
+            losses (dict of LossModule): the objectives, by name.
+            buffer (ReplayBuffer): what batches are drawn from.
+            actor (ChunkActor): for raw observations.
+
+        Keyword Args:
+            dataset (OGBenchExperienceReplay, optional): the data behind ``buffer``, if that is not
+                the dataset itself.
+            **kwargs: of :class:`~torchrl_mac.trainers.PhaseTrainer`.
+
+        Returns:
+            the summary.
+        """
+        data: Any = buffer if dataset is None else dataset
+        evaluator = self.evaluator(actor)
+        interim: Callable[..., Any] = partial(evaluator.submit, self.cfg.eval_interim_episodes)
+        evaluations = {"evaluate": evaluator, "monitor": interim} if self.is_first else {}
+        trainer = self.trainer(
+            losses, buffer, digest=data.digest, actor=actor, **evaluations, **kwargs
+        )
+        self.resume(trainer)
+        result = trainer.train()
+        if not self.is_first:
+            return result
+        summary = {
+            "success_rate": result.pop("success_rate"),  # of several tasks, their mean
+            **result,
+            "task": self.cfg.dataset,
+            "transitions": len(data),
+        }
+        return self.report(summary, data.digest, {"policy": (actor, self.cfg.dataset)})
+
+    def report(
+        self,
+        summary: Mapping[str, Any],
+        digest: str,
+        actors: Mapping[str, tuple[ChunkActor, str]],
+    ) -> dict[str, Any]:
+        """Writes exported actors, ``summary.json``, ``curves.png`` and ``evaluation.mp4``.
+
+        Args:
+            summary (mapping): what was found.
+            digest (str): that of the dataset.
+            actors (mapping): the actors and their datasets, by the folder they are exported to.
+        """
+        cfg, path = self.cfg, self.folder.path
+        for folder, (actor, dataset) in actors.items():
+            save_policy(actor, path / folder, {**self.settings, "dataset": dataset})
+        of_run = ("seed", "eval_seed", "replan_interval", *_SWITCHES)
+        whole = {
+            **summary,
+            "episodes": cfg.eval_episodes,
+            "dataset_digest": digest,
+            **{key: cfg[key] for key in of_run},
+        }
+        write_summary(path / "summary.json", whole)
+        plot_curves(path / "curves.png", self.loggers[0])
+        if cfg.video_episodes:
+            self._record(path / next(iter(actors)), path / "evaluation.mp4")
+        torchrl_logger.info(
+            f"Success rate {whole['success_rate']:.2f} over {cfg.eval_episodes} episodes of "
+            f"{cfg.dataset}; summary, curves and video are in {path}"
+        )
+        return whole
+
+    def _record(self, policy: Path, video: Path) -> None:
+        """Makes a video, in a process of its own: MuJoCo chooses how to render when imported."""
+        command = [sys.executable, "-m", "torchrl_mac.evaluate", policy, "--episodes", 0]
+        settings = ["--seed", self.cfg.eval_seed, "--device", self.device]
+        settings += ["--video", video, "--video-episodes", self.cfg.video_episodes]
+        process = subprocess.run(
+            [str(part) for part in command + settings], capture_output=True, text=True
+        )
+        if process.returncode:  # no renderer, say: the result stands without it
+            reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+            torchrl_logger.warning(f"No video: {reason}")
+
+
+def resolve_task(dataset: str, task_id: int | str | None) -> OGBenchName:
+    """The name that ``dataset`` is, if it says what to learn and ``task_id`` does not contradict.
+
+    Args:
+        dataset (str): a single task (``...-singletask-task2-v0``), or all of an environment's
+            (``...-oraclerep-v0``), which then are learned by one agent.
+        task_id (int or str): the number of the single task, or ``"all"``.
+
+    Raises:
+        ValueError: if there is nothing to learn, or the two contradict each other.
+
+    Examples:
+        >>> resolve_task("cube-single-play-oraclerep-v0", "all").mode
+        'oraclerep'
+    """
+    name = OGBenchName.parse(dataset)
+    if name.mode == "goal":
+        raise ValueError(
+            f"dataset={dataset} has neither rewards nor oracle representations: name a task "
+            "(...-singletask-task2-v0) or all of them (...-oraclerep-v0)."
+        )
+    if name.mode == "oraclerep" and task_id != "all":
+        raise ValueError(
+            f"dataset={dataset} has all tasks of its environment, but task_id={task_id}: "
+            "leave it out, or choose a single task (task=cube-single task_id=2)."
+        )
+    if name.mode == "singletask" and name.task_id not in (None, task_id):
+        raise ValueError(
+            f"dataset={dataset} contradicts task_id={task_id}: choose by task_id alone."
+        )
+    return name
