@@ -147,7 +147,7 @@ def main(cfg: DictConfig) -> None:
         if not run.resume(own):
             shared.resume()
             shared.train()
-            own.train_seconds = shared.train_seconds
+            own.progress.train_seconds = shared.progress.train_seconds
         result = own.train()
         rates = {
             task: run.evaluator(actor, task)()["success_rate"]

@@ -73,7 +73,7 @@ def test_errors(tmp_path, capsys):
     save_policy(make_actor(0.0), tmp_path / "policy")
     assert main([str(tmp_path / "policy")]) == 2
     assert "give --task" in capsys.readouterr().err
-    assert main([str(tmp_path / "policy"), "--task", TASK, "--episodes", "0"]) == 2
+    assert main([str(tmp_path / "policy"), "--task", TASK, "--episodes", "-1"]) == 2
     assert "num_episodes must be at least 1" in capsys.readouterr().err
     assert main(["--nonsense"]) == 2
 

@@ -267,6 +267,7 @@ def seeded_hash(seed, prefetch):
 def test_a_seed_fixes_everything():
     """In two processes, and with batches drawn ahead in a thread."""
     folder = os.path.dirname(__file__)
+    benchmarks = os.path.join(folder, "../../benchmarks")
     code = (
         f"import sys; sys.path[:0] = [{folder!r}, {benchmarks!r}]; from test_run import seeded_hash; "
         "sys.stdout.write(seeded_hash(0, int(sys.argv[1])))"

@@ -22,8 +22,8 @@ __all__ = ["ModelRolloutHook", "TrainerHook"]
 class TrainerHook:
     """Does something before or after updates, or at the end of phases.
 
-    A hook reads where training stands from the trainer (``updates``, ``phase`` and
-    ``phase_updates``, those made of the current phase) and may change anything. Its state is saved
+    A hook reads where training stands from ``trainer.progress`` (``updates``, ``phase`` and
+    ``phase_updates``, those of the current phase) and may change anything. Its state is saved
     and restored with the trainer's; random numbers are PyTorch's, which are as well.
 
     Examples:
@@ -124,8 +124,9 @@ class ModelRolloutHook(TrainerHook):
 
     def before_update(self, trainer: PhaseTrainer) -> None:
         """Imagines, if it is time."""
-        due = trainer.phase_updates % self.interval == 0
-        if due and (self.phases is None or trainer.phase.name in self.phases):
+        progress = trainer.progress
+        due = progress.phase_updates % self.interval == 0
+        if due and (self.phases is None or progress.phase.name in self.phases):
             for first in range(0, self.num_starts, self.chunk):
                 self._imagine(min(self.chunk, self.num_starts - first))
 

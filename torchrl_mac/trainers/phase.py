@@ -17,7 +17,7 @@ from torchrl_mac.trainers.early_stopping import EarlyStopping, StoppingState
 from torchrl_mac.trainers.optimizer import make_adam, parameter_names
 from torchrl_mac.trainers.update import LossUpdate
 
-__all__ = ["Phase", "PhaseTraining", "check_past", "terms_of"]
+__all__ = ["Phase", "PhaseTraining", "terms_of"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class PhaseTraining(contextlib.AbstractContextManager):
             owner = getattr(owner, part, None)
         if not parts or not hasattr(owner, parts[-1]):
             raise ValueError(
-                f"Phase {self.phase.name!r} overrides {path!r}, which does not exist: name one of the "
-                f"losses {list(self.losses)} and an attribute, such as 'values.imagination_horizon'."
+                f"Phase {self.phase.name!r} overrides {path!r}, which does not exist: name one of "
+                f"the losses {list(self.losses)} and an attribute: 'values.imagination_horizon'."
             )
         return owner, parts[-1]
 
@@ -243,34 +243,3 @@ class PhaseTraining(contextlib.AbstractContextManager):
         self.schedule.load_state_dict(state_dict["schedule"])
         if self.stopping and state_dict["stopping"]:
             self.stopping.load_state_dict(state_dict["stopping"])
-
-
-def check_past(phases: Sequence[Phase], trained: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that what has been trained is the beginning of ``phases``.
-
-    Args:
-        phases (sequence of Phase): what is to be trained in all.
-        trained (sequence of dict): of each phase that was begun, its ``name``, ``num_updates`` and
-            how many ``updates`` it made. The last one may have another number of updates now, as
-            long as they are enough.
-
-    Raises:
-        ValueError: if it is not.
-
-    Examples:
-        >>> from torchrl_mac.trainers import Phase
-        >>> before = [{"name": "values", "num_updates": 100, "updates": 100}]
-        >>> check_past([Phase("values", ["loss_value"], 200, 256)], before)
-    """
-    now = [(phase.name, phase.num_updates) for phase in phases]
-    for k, past in enumerate(trained):
-        is_last = k == len(trained) - 1
-        if (
-            k >= len(now)
-            or now[k][0] != past["name"]
-            or (now[k][1] < past["updates"] if is_last else now[k][1] != past["num_updates"])
-        ):
-            before = [(past["name"], past["updates"]) for past in trained]
-            raise ValueError(
-                f"The checkpoint has made the updates {before}; it cannot go on with {now}."
-            )

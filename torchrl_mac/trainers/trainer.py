@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,9 +23,10 @@ from torchrl_mac.data import buffer_state, load_buffer_state
 from torchrl_mac.trainers.evaluation import Evaluation
 from torchrl_mac.trainers.hooks import TrainerHook
 from torchrl_mac.trainers.logs import rewind
-from torchrl_mac.trainers.pending import PendingEvaluations
-from torchrl_mac.trainers.phase import Phase, PhaseTraining, check_past, terms_of
+from torchrl_mac.trainers.monitor import Monitor
+from torchrl_mac.trainers.phase import Phase, PhaseTraining, terms_of
 from torchrl_mac.trainers.postmortem import give_up
+from torchrl_mac.trainers.progress import Progress
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
 from torchrl_mac.trainers.signals import StopSignals
 
@@ -129,29 +130,23 @@ class PhaseTrainer:
     ) -> None:
         self.losses = dict(losses)
         self.buffer = buffer
-        self.phases = list(phases)
+        self.progress = Progress(phases, first_update=first_update)
         single = isinstance(target_updaters, TargetNetUpdater)
         self.target_updaters = [target_updaters] if single else list(target_updaters)
         self.hooks = dict(hooks or {})
         self.validation_buffer = validation_buffer
-        self.evaluate = evaluate
-        self.monitor: Callable[..., Any] | None = evaluate if monitor is None else monitor
+        self.monitor = Monitor(evaluate, monitor, self._log_evaluation)
         self.loggers = list(loggers)
         self.checkpoints = checkpoints
         self.log_interval = log_interval
         self.max_skipped = max_skipped
         self.progress_bar = progress_bar
         self.switches = switches
-        self.updates = first_update
-        self.skipped_updates = 0
-        self.train_seconds = 0.0
-        self._past: list[dict[str, Any]] = []  # the phases that were begun
         self._moments: dict[str, Any] = {}  # for phases that keep them
         self._training: PhaseTraining | None = None
         self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
         self._evaluation_due = False
-        self._pending = PendingEvaluations(self._log_evaluation)
-        for phase in self.phases:
+        for phase in self.progress.phases:
             terms_of(phase, self.losses)
             if phase.early_stopping is not None and validation_buffer is None:
                 raise ValueError(f"Phase {phase.name!r}: early_stopping needs a validation_buffer.")
@@ -159,17 +154,12 @@ class PhaseTrainer:
     @property
     def num_updates(self) -> int:
         """The number of updates of all phases together, if none stops early."""
-        return sum(phase.num_updates for phase in self.phases)
+        return sum(phase.num_updates for phase in self.progress.phases)
 
     @property
-    def phase(self) -> Phase:
-        """The current phase, or the last one that was."""
-        return self.phases[max(0, len(self._past) - 1)]
-
-    @property
-    def phase_updates(self) -> int:
-        """The number of updates that the current phase has made."""
-        return self._past[-1]["updates"] if self._past else 0
+    def updates(self) -> int:
+        """The number of updates that were made."""
+        return self.progress.updates
 
     def train(self) -> dict[str, float]:
         """Runs what is left of all phases.
@@ -181,15 +171,19 @@ class PhaseTrainer:
         Raises:
             SystemExit: after SIGINT or SIGTERM, with code 130 or 143.
         """
-        done = sum(past["updates"] for past in self._past)
-        bar = tqdm(total=self.num_updates, initial=done, disable=not self.progress_bar, unit="it")
+        bar = tqdm(
+            total=self.num_updates,
+            initial=self.progress.done,
+            disable=not self.progress_bar,
+            unit="it",
+        )
         compiled, metrics = True, {}
         stop = StopSignals()
         stops = self.checkpoints is not None and not self.switches.get("distributed")
         with bar, stop if stops else contextlib.nullcontext():
             self._resume_evaluations()
             metrics = self._evaluate_if_due(stop)
-            for phase in self._remaining():
+            for phase in self.progress.remaining():
                 bar.set_description(phase.name)
                 with PhaseTraining(
                     phase, self.losses, self.target_updaters, **self.switches
@@ -198,42 +192,31 @@ class PhaseTrainer:
                     self._begin(training)
                     metrics = self._train_phase(training, stop, bar) or metrics
                     compiled &= training.update.is_compiled
-                    self.skipped_updates += training.update.guard.read()["skipped"]
+                    self.progress.skipped_updates += training.update.guard.read()["skipped"]
                     self._training = None
             if self._restored:  # of a finished run: what follows it draws on
                 GlobalRNGState().load_state_dict(self._restored["rng"])
-            stop.interruptible(lambda: self._pending.collect(wait=True))
+            stop.interruptible(lambda: self.monitor.collect(wait=True))
             self._leave_if(stop)
         result = {
             "updates": self.updates,
-            "skipped_updates": self.skipped_updates,
-            "train_seconds": self.train_seconds,
+            "skipped_updates": self.progress.skipped_updates,
+            "train_seconds": self.progress.train_seconds,
             **metrics,
         }
         if self.switches.get("compile"):
             result["compiled"] = compiled
         return result
 
-    def _remaining(self) -> Iterator[Phase]:
-        """The phases that are not finished; the first one may have been begun."""
-        for k, phase in enumerate(self.phases):
-            if k == len(self._past):
-                past = {"name": phase.name, "num_updates": phase.num_updates}
-                self._past.append({**past, "updates": 0, "stopped": False})
-            past = self._past[k]
-            past["num_updates"] = phase.num_updates
-            if past["updates"] < phase.num_updates and not past["stopped"]:
-                yield phase
-
     def _begin(self, training: PhaseTraining) -> None:
         """Lets moments, and what was loaded, take effect in a phase."""
         state, self._restored = self._restored, {}
-        if training.phase.keep_moments and not self.phase_updates:
+        if training.phase.keep_moments and not self.progress.phase_updates:
             training.load_moments(self._moments)
         if state:
-            if self.phase_updates:
+            if self.progress.phase_updates:
                 training.load_state_dict(state["training"])
-                self.skipped_updates -= training.update.guard.read()["skipped"]
+                self.progress.skipped_updates -= training.update.guard.read()["skipped"]
             GlobalRNGState().load_state_dict(state["rng"])
 
     def _train_phase(
@@ -241,41 +224,39 @@ class PhaseTrainer:
     ) -> dict[str, float]:
         phase, clock = training.phase, time.perf_counter()
         metrics: dict[str, float] = {}
-        past, ended = self._past[-1], False
-        while not ended:
+        progress = self.progress
+        while not progress.phase_is_over:
             for hook in self.hooks.values():
                 hook.before_update(self)
             batch = self.buffer.sample(phase.batch_size)
             losses = training.step(batch)
-            self.updates += 1
-            past["updates"] += 1
+            progress.advance()
             bar.update()
             for hook in self.hooks.values():
                 hook.after_update(self, batch, losses)
-            past["stopped"] = self._stops(training)
-            ended = past["stopped"] or self.phase_updates == phase.num_updates
-            last = ended and len(self._past) == len(self.phases)
-            if self.updates % self.log_interval == 0 or last:
+            if self._stops(training):
+                progress.stop_phase()
+            if self.updates % self.log_interval == 0 or progress.is_over:
                 self._log_losses(training, losses, batch, bar)
-                self._pending.collect(wait=False)
-            if ended:
+                self.monitor.collect(wait=False)
+            if progress.phase_is_over:
                 self._end(training)
-            self._evaluation_due = last or (
-                phase.eval_interval > 0 and self.phase_updates % phase.eval_interval == 0
+            self._evaluation_due = progress.is_over or (
+                phase.eval_interval > 0 and progress.phase_updates % phase.eval_interval == 0
             )
             if self._evaluation_due or stop or self._checkpoint_due():
-                self.train_seconds += time.perf_counter() - clock
+                self.progress.train_seconds += time.perf_counter() - clock
                 self._save(wait=bool(stop))
                 metrics = self._evaluate_if_due(stop) or metrics
                 clock = time.perf_counter()
-        bar.total -= phase.num_updates - self.phase_updates
-        self.train_seconds += time.perf_counter() - clock
+        bar.total -= phase.num_updates - progress.phase_updates
+        self.progress.train_seconds += time.perf_counter() - clock
         return metrics
 
     def _stops(self, training: PhaseTraining) -> bool:
         """Validates, if it is time; whether the phase stops early."""
         settings, stopping = training.phase.early_stopping, training.stopping
-        if settings is None or stopping is None or self.phase_updates % settings.interval:
+        if not settings or not stopping or self.progress.phase_updates % settings.interval:
             return False
         values = []
         with torch.no_grad(), torch.random.fork_rng():  # training's own numbers stay as they are
@@ -289,7 +270,7 @@ class PhaseTrainer:
     def _end(self, training: PhaseTraining) -> None:
         if training.stopping is not None:
             training.stopping.restore(training.parameters)
-        if any(phase.keep_moments for phase in self.phases[len(self._past) :]):
+        if any(phase.keep_moments for phase in self.progress.later_phases):
             self._moments.update(training.moments())
         for hook in self.hooks.values():
             hook.end_phase(self)
@@ -325,20 +306,20 @@ class PhaseTrainer:
         self, training: PhaseTraining, losses: TensorDictBase, batch: TensorDictBase, bar: tqdm
     ) -> None:
         phase, update = training.phase, training.update
-        figures = {key: value.float().mean().item() for key, value in losses.items()}
+        figures = _means(losses)
         values = {f"train/{key}": value for key, value in figures.items()}
         bar.set_postfix({key.split("_")[-1]: f"{value:.3g}" for key, value in figures.items()})
         skipped = update.guard.read()
         if skipped["skipped"]:
-            values["train/skipped_updates"] = self.skipped_updates + skipped["skipped"]
+            values["train/skipped_updates"] = self.progress.skipped_updates + skipped["skipped"]
             torchrl_logger.warning(
                 f"{phase.name}: {skipped['skipped']} updates were not finite and left out."
             )
         if self.validation_buffer is not None:
             with torch.no_grad():
                 validation = self.validation_buffer.sample(phase.batch_size)
-                for key, value in update.compute(validation)[1].items():
-                    values[f"validation/{key}"] = value.float().mean().item()
+                found = _means(update.compute(validation)[1])
+            values |= {f"validation/{key}": value for key, value in found.items()}
         self._log(values, self.updates)
         if skipped["in_a_row"] >= self.max_skipped:
             folder = None if self.checkpoints is None else self.checkpoints.folder.parent
@@ -362,41 +343,21 @@ class PhaseTrainer:
             )
             raise SystemExit(stop.exit_code)
 
-    @property
-    def _is_finished(self) -> bool:
-        return len(self._past) == len(self.phases) and (
-            self._past[-1]["stopped"] or self.phase_updates >= self.phases[-1].num_updates
-        )
-
     def _evaluate_if_due(self, stop: StopSignals) -> dict[str, float]:
         """Evaluates, unless a signal has come: then a checkpoint says that it is due."""
         self._leave_if(stop)
         if not self._evaluation_due:
             return {}
-        evaluate = self.evaluate if self._is_finished else self.monitor
-        metrics: Any = {}
-        try:
-            if evaluate is not None:
-                metrics = stop.interruptible(evaluate)
-        except Exception as error:
-            if self._is_finished:
-                raise
-            torchrl_logger.warning(f"Training goes on without an evaluation: {error!r}")
+        metrics = self.monitor.run(self.updates, is_last=self.progress.is_over, stop=stop)
         self._leave_if(stop)
         self._evaluation_due = False
-        if not isinstance(metrics, Mapping):
-            self._pending.add(self.updates, metrics)
-            self._pending.collect(wait=False)
-            return {}
-        self._log_evaluation(metrics, self.updates)
-        return dict(metrics)
+        return metrics
 
     def _resume_evaluations(self) -> None:
-        for evaluation in self._restored.get("evaluations", ()):
-            if self.monitor is not None:
-                begun = self.monitor(state=evaluation["state"])
-                self._pending.add(evaluation["updates"], begun)
-            if self.checkpoints is not None:
+        begun = self._restored.get("evaluations", ())
+        self.monitor.begin_again(begun)
+        if self.checkpoints is not None:
+            for evaluation in begun:
                 self.checkpoints.expect(evaluation["updates"])
 
     def _log_evaluation(self, metrics: Mapping[str, float], updates: int) -> None:
@@ -428,6 +389,7 @@ class PhaseTrainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of training depends on, target networks and random numbers included."""
         skipped = self._training.update.guard.read()["skipped"] if self._training else 0
+        progress = self.progress.state_dict()
         return {
             "losses": {name: loss.state_dict() for name, loss in self.losses.items()},
             "training": self._training.state_dict() if self._training else {},
@@ -437,14 +399,12 @@ class PhaseTrainer:
             "loggers": [[type(logger).__name__, logger.state_dict()] for logger in self.loggers],
             "rng": GlobalRNGState().state_dict(),
             "progress": {
-                "updates": self.updates,
-                "skipped_updates": self.skipped_updates + skipped,
-                "train_seconds": self.train_seconds,
+                **progress,
+                "skipped_updates": progress["skipped_updates"] + skipped,
                 # HardUpdate counts
                 "targets": [getattr(updater, "counter", None) for updater in self.target_updaters],
-                "phases": self._past,
                 "evaluation_due": self._evaluation_due,
-                "evaluations": self._pending.state(),
+                "evaluations": self.monitor.state(),
             },
         }
 
@@ -455,7 +415,7 @@ class PhaseTrainer:
             ValueError: if another sequence of phases has led to the state.
         """
         progress = state_dict["progress"]
-        check_past(self.phases, progress["phases"])
+        self.progress.load_state_dict(progress)
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
         for name, buffer in self._buffers().items():
@@ -468,13 +428,14 @@ class PhaseTrainer:
         for logger in self.loggers:  # there may be others now
             known = states.get(type(logger).__name__)
             rewind(logger, known.pop(0) if known else None)
-        self._past = [dict(past) for past in progress["phases"]]
         self._moments = dict(state_dict["moments"])
-        self.updates = progress["updates"]
-        self.skipped_updates = progress["skipped_updates"]
-        self.train_seconds = progress["train_seconds"]
         for updater, counter in zip(self.target_updaters, progress["targets"], strict=True):
             if counter is not None:
                 vars(updater)["counter"] = counter
         self._evaluation_due = progress["evaluation_due"]
         self._restored = {**state_dict, "evaluations": progress["evaluations"]}
+
+
+def _means(metrics: TensorDictBase) -> dict[str, float]:
+    """Metrics as numbers; of those that are not averaged over the batch, their mean."""
+    return {key: value.float().mean().item() for key, value in metrics.items()}
