@@ -15,10 +15,10 @@ from torchrl._utils import logger as torchrl_logger
 from torchrl.envs.transforms import Compose, ObservationNorm, Transform
 from torchrl.modules import ValueOperator
 
-from torchrl_mac.data.files import SEAL, DamagedError, read_json, seal, verify
 from torchrl_mac.modules.mlp import NormedMLP, TanhGELU
 from torchrl_mac.modules.policies import FlowMatchingPolicy, OneStepPolicy
 from torchrl_mac.modules.rejection import FlowRejectionActor
+from torchrl_mac.utils.files import SEAL, DamagedError, read_json, seal, verify
 
 __all__ = ["describe_policy", "load_policy", "policy_metadata", "save_policy", "write_policy"]
 

@@ -21,8 +21,8 @@ from torchrl.checkpoint import (
 )
 from torchrl.data import ReplayBuffer
 
-from torchrl_mac.data.files import DamagedError, seal, sync, verify
 from torchrl_mac.modules.export import write_policy
+from torchrl_mac.utils.files import DamagedError, seal, sync, verify
 
 __all__ = [
     "HeldState",

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 
-from torchrl_mac.data.files import read_json, write_json
 from torchrl_mac.modules import FlowRejectionActor
 from torchrl_mac.modules.export import SCORES, describe_policy
 from torchrl_mac.trainers.checkpoint import (
@@ -24,6 +23,7 @@ from torchrl_mac.trainers.checkpoint import (
     is_finite,
     on_host,
 )
+from torchrl_mac.utils.files import read_json, write_json
 
 __all__ = ["RunCheckpoints"]
 
