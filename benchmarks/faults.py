@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from torchrl_mac.data import generate_dataset
+from torchrl_mac.datasets import generate_dataset
 from torchrl_mac.trainers import SealedCheckpoint
 
 ROOT = Path(__file__).parents[1]

@@ -33,7 +33,8 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger, WandbLogger
 from torchrl.record.loggers import Logger
 
-from torchrl_mac.data import NUM_TASKS, GoalDistribution, OGBenchExperienceReplay, OGBenchName
+from torchrl_mac.data import GoalDistribution, OGBenchExperienceReplay
+from torchrl_mac.datasets import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,

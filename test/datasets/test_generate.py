@@ -28,16 +28,17 @@ import ogbench
 import pytest
 from filelock import FileLock
 
-from torchrl_mac.data import generate
-from torchrl_mac.data.generate import generate_dataset
-from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.parallel import Job, make_episodes
-from torchrl_mac.data.rollouts import OfficialSettings, OracleRollout
-from torchrl_mac.data.shards import RowFiles
+from torchrl_mac.datasets import generate, shards
+from torchrl_mac.datasets.episodes import Job, make_episodes
+from torchrl_mac.datasets.generate import generate_dataset
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.rollouts import OfficialSettings, OracleRollout
+from torchrl_mac.datasets.shards import RowFiles
 
 CUBE = "cube-single-play-v0"
 MAZE = "pointmaze-medium-navigate-v0"
 
+pytestmark = pytest.mark.usefixtures("processes")  # pools of workers start quickly
 
 QUICK = {"episodes": 3, "val_episodes": 2, "steps": 40, "workers": 1, "progress": False}
 
@@ -585,6 +586,41 @@ class TestErrors:
             list(episodes)
         assert not multiprocessing.active_children()
 
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the libraries in /proc")
+    def test_workers_import_no_torch(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(WORKERS)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == ["True", "False"] * 2, done.stderr
+
+    def test_a_script_that_does_not_protect_itself(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from torchrl_mac.datasets import generate_dataset\n"
+            f"generate_dataset({MAZE!r}, {str(tmp_path / 'out')!r}, workers=2, episodes=4)\n"
+        )
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert 'protect that script with `if __name__ == "__main__":`' in done.stderr
+
+
+WORKERS = f"""
+import multiprocessing
+from pathlib import Path
+from torchrl_mac.datasets import OGBenchName
+from torchrl_mac.datasets.episodes import Job, make_episodes
+
+if __name__ == "__main__":
+    jobs = [Job(0, 0, i) for i in range(100)]
+    episodes = make_episodes(OGBenchName.parse({MAZE!r}), jobs, seed=0, steps=5, workers=2)
+    for _ in range(50):
+        next(episodes)
+    for process in multiprocessing.active_children():
+        libraries = Path(f"/proc/{{process.pid}}/maps").read_text()
+        print("libmujoco" in libraries, "libtorch" in libraries)
+    episodes.close()
+"""
+
 
 class TestInterruption:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -671,7 +707,8 @@ class TestInterruption:
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_of_the_program_with_workers(self, tmp_path, number, code):
-        command = [sys.executable, "-m", "torchrl_mac.data", "generate", MAZE, "--out", tmp_path]
+        program = [sys.executable, "-m", "torchrl_mac.datasets"]
+        command = [*program, "generate", MAZE, "--out", tmp_path]
         process = subprocess.Popen(
             [*command, "--workers", "2", "--episodes", "100000", "--quiet"],
             start_new_session=True,
@@ -711,14 +748,12 @@ def processes_of_session(session):
 
 
 @pytest.fixture
-def process():
+def process(processes):
     """Starts functions in processes that can be killed, without the wait for imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrl_mac.data.parallel"])
     started = []
 
     def start(function, *args, **kwargs):
-        started.append(context.Process(target=function, args=args, kwargs=kwargs))
+        started.append(processes.Process(target=function, args=args, kwargs=kwargs))
         started[-1].start()
         return started[-1]
 
@@ -730,7 +765,7 @@ def process():
 
 DYING = """
 import os, signal
-from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.datasets.generate import generate_dataset
 
 original, left = os.replace, call
 
@@ -748,7 +783,7 @@ generate_dataset(name, out, shards=2, **kwargs)
 
 ENDLESS = """
 import os
-from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.datasets.generate import generate_dataset
 
 os.setsid()
 generate_dataset(name, out, shards=999, **kwargs)
@@ -821,7 +856,7 @@ class TestTwoAtOnce:
 
     def test_the_second_waits_and_has_nothing_left_to_do(self, sharded, tmp_path, monkeypatch):
         messages = []
-        monkeypatch.setattr(generate.logger, "info", messages.append)
+        monkeypatch.setattr(shards.logger, "info", messages.append)
         with ThreadPoolExecutor(1) as pool:
             with FileLock(tmp_path / f".{MAZE}.lock"):
                 second = pool.submit(quickly, MAZE, tmp_path, shards=4)

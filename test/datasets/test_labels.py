@@ -8,7 +8,8 @@ import ogbench
 import pytest
 from ogbench_files import LENGTHS, make_arrays
 
-from torchrl_mac.data import OGBenchExperienceReplay, OGBenchName, labels
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import OGBenchName, labels
 
 CUBE = "cube-single-play-singletask-task2-v0"
 MAZE = "pointmaze-medium-navigate-singletask-task3-v0"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import time
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 from ogbench_files import make_arrays
 
-from torchrl_mac.data import OGBenchExperienceReplay, columns
-from torchrl_mac.data.files import sha256
-from torchrl_mac.data.sources import find_shards
-from torchrl_mac.data.verify import verify_conversion, verify_files
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import columns
+from torchrl_mac.datasets.sources import find_shards
+from torchrl_mac.datasets.verify import verify_conversion, verify_files
+from torchrl_mac.utils.files import sha256
 
 NAME = "cube-single-play-v0"
 LENGTHS = [(23, 14), (31,), (12, 9, 17)]
@@ -179,10 +179,6 @@ def test_a_conversion_goes_on_at_the_shard_it_was_on(shards, tmp_path, monkeypat
     assert all_bytes(resumed.data_path) == all_bytes(clean.data_path)
 
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torchrl_mac.data"])
-
-
 def convert_slowly(root, source, ready):
     write = columns.ColumnWriter.write
 
@@ -195,7 +191,7 @@ def convert_slowly(root, source, ready):
     OGBenchExperienceReplay(NAME, root=root, source=source, workers=1)
 
 
-def test_killed_at_any_moment(shards, tmp_path):
+def test_killed_at_any_moment(processes, shards, tmp_path):
     clean = OGBenchExperienceReplay(NAME, root=tmp_path / "clean", source=shards)
     root, rng = tmp_path / "root", np.random.default_rng(0)
     shutil.copytree(tmp_path / "clean" / NAME / "val", root / NAME / "val")
