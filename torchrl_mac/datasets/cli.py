@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    logging.basicConfig(level=logging.INFO, format=f"{_PROGRAM}: %(message)s")
+    logging.basicConfig(format=f"{_PROGRAM}: %(message)s")
+    logging.getLogger("torchrl").setLevel(logging.INFO)
     try:
         with _terminated_by_exception():
             args.run(args)
