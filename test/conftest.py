@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from ogbench_files import LENGTHS, VAL_LENGTHS, make_arrays
+
+from torchrl_mac.datasets import labels
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
@@ -30,6 +33,18 @@ def processes() -> Any:
     context.set_forkserver_preload(["pytest", "torchrl_mac.data", "torchrl_mac.datasets.episodes"])
     forkserver.ensure_running()
     return context
+
+
+@pytest.fixture(scope="session")
+def shared_labelled_env() -> Any:
+    """``LabelledEnv``, of earlier tests if there is one: each takes a second to build."""
+    return functools.lru_cache(maxsize=2)(labels.LabelledEnv)
+
+
+@pytest.fixture
+def shared_labels(monkeypatch: pytest.MonkeyPatch, shared_labelled_env: Any) -> None:
+    """Conversions are labelled by ``shared_labelled_env``."""
+    monkeypatch.setattr(labels, "LabelledEnv", shared_labelled_env)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from ogbench_files import LENGTHS, VAL_LENGTHS, make_arrays
 from torchrl_mac.data import OGBenchExperienceReplay
 from torchrl_mac.datasets import ObservationStatistics, columns
 
+pytestmark = pytest.mark.usefixtures("processes")  # whose server starts beside the first tests
+
 NAME = "cube-single-play-v0"
 ROWS = sum(LENGTHS)
 

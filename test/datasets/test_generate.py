@@ -40,6 +40,7 @@ MAZE = "pointmaze-medium-navigate-v0"
 
 pytestmark = pytest.mark.usefixtures("processes")  # pools of workers start quickly
 
+make_rollout = OracleRollout.make
 QUICK = {"episodes": 3, "val_episodes": 2, "steps": 40, "workers": 1, "progress": False}
 
 
@@ -79,7 +80,7 @@ def sharded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, rollout):
     """Training files by name, made once with a single worker."""
     paths = {}
 
@@ -91,10 +92,21 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def rollout():
-    """Rollouts by name: an environment takes a second to build, and episodes leave no trace."""
-    return functools.cache(OracleRollout.make)
+    """Rollouts by name: an environment takes a second to build, and episodes leave no trace.
+
+    The package is given them, too, where it makes episodes in this process.
+    """
+    shared = functools.cache(make_rollout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OracleRollout, "make", lambda name: shared(str(name)))
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def make_env():
+    return functools.cache(gymnasium.make)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +131,7 @@ class TestReproducibility:
     def test_an_episode_does_not_depend_on_earlier_ones(self, rollout, name):
         for index in range(3):
             rollout(name).episode(seed=1, split=0, index=index, steps=100)
-        fresh = OracleRollout.make(name).episode(seed=1, split=0, index=3, steps=100)
+        fresh = make_rollout(name).episode(seed=1, split=0, index=3, steps=100)
         for key, column in rollout(name).episode(seed=1, split=0, index=3, steps=100).items():
             np.testing.assert_array_equal(column, fresh[key], err_msg=key)
 
@@ -156,8 +168,8 @@ class TestFormat:
             (MAZE, 2, None),
         ],
     )
-    def test_columns(self, made, name, qpos, buttons):
-        env = gymnasium.make(OGBenchName.parse(name).env_id)
+    def test_columns(self, made, make_env, name, qpos, buttons):
+        env = make_env(OGBenchName.parse(name).env_id)
         observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
         for path, episodes in ((made(name), 3), (made(name).with_stem(f"{name}-val"), 2)):
             data = load(path)
@@ -181,10 +193,13 @@ class TestFormat:
             assert {item.date_time for item in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
     @pytest.mark.parametrize("name", [CUBE, "scene-play-v0", MAZE])
-    def test_ogbench_loads_it(self, made, name):
+    def test_ogbench_loads_it(self, made, make_env, name):
         task = name.replace("-v0", "-singletask-task1-v0")
         for dataset, keys in ((name, set()), (task, {"rewards", "masks"})):
-            env, train, val = ogbench.make_env_and_datasets(dataset, dataset_path=str(made(name)))
+            env = make_env(OGBenchName.parse(dataset).env_id)
+            train, val = ogbench.make_env_and_datasets(
+                dataset, dataset_path=str(made(name)), dataset_only=True, cur_env=env
+            )
             assert (len(train["observations"]), len(val["observations"])) == (3 * 39, 2 * 39)
             assert train["observations"].shape[1:] == env.observation_space.shape
             assert keys <= set(train)
