@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import sys
-import urllib.error
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import ogbench.utils
 
@@ -81,7 +81,7 @@ def download_dataset(
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 ogbench.utils.download_datasets([dataset], str(scratch))
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as err:
+        except (URLError, HTTPException, ConnectionError, TimeoutError) as err:
             raise ConnectionError(
                 f"{dataset} could not be downloaded from {ogbench.utils.DATASET_URL} ({err}). Try "
                 f"again, make it with `torchrl-mac-data generate {dataset}`, or put the files in "

@@ -118,9 +118,9 @@ def publish(made: Path, path: Path) -> None:
         sync(part)
     _bring_back(path)
     old = _beside(path, "old")
-    if path.is_dir():
-        os.replace(path, old)
     try:
+        if path.is_dir():
+            os.replace(path, old)
         os.replace(made, path)
     except BaseException:
         _bring_back(path)
