@@ -41,7 +41,7 @@ setup(
     extras_require=extras,
     entry_points={
         "console_scripts": [
-            "torchrl-mac-data=torchrl_mac.data.cli:main",
+            "torchrl-mac-data=torchrl_mac.datasets.cli:main",
             "torchrl-mac-eval=torchrl_mac.evaluate:main",
         ]
     },

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from torchrl_mac.data import generate_dataset
+from torchrl_mac.datasets import generate_dataset
 from torchrl_mac.trainers import SealedCheckpoint
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ class Run:
 
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written."""
-        return any((self.output / "checkpoints").glob(".*.unsealed*"))
+        return any((self.output / "checkpoints").glob(".checkpoint-*.partial*"))
 
     def kill(self, process: subprocess.Popen, moment: str, rng: random.Random) -> bool:
         """Kills the run at such a moment; ``False`` if it ended before."""

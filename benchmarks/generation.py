@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from torchrl_mac.data.names import MANIPULATION_ENVS, OGBenchName
-from torchrl_mac.data.rollouts import OfficialSettings, OracleRollout
+from torchrl_mac.datasets.names import MANIPULATION_ENVS, OGBenchName
+from torchrl_mac.datasets.rollouts import OfficialSettings, OracleRollout
 
 _100M = ("cube-double", "cube-octuple", "puzzle-3x3", "puzzle-4x5")
 

@@ -14,7 +14,7 @@ from typing import Literal
 if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL, below
     os.environ.setdefault("MUJOCO_GL", "egl")
 
-from torchrl_mac.data import NUM_TASKS, OGBenchName
+from torchrl_mac.datasets import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import FlowRejectionActor, save_policy
 from torchrl_mac.trainers import EpisodeEvaluator, load_policy_and_metadata, write_video

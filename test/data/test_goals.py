@@ -15,9 +15,9 @@ from torchrl_mac.data import (
     ActionChunkSampler,
     ActionChunkStorage,
     GoalDistribution,
-    ObservationStatistics,
     OGBenchExperienceReplay,
 )
+from torchrl_mac.datasets import ObservationStatistics
 
 VALUE = GoalDistribution(current=0.2, trajectory=0.5, random=0.3)
 GOALS = ("value_goal", "actor_goal")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from torchrl_mac import load_policy
-from torchrl_mac.data import generate_dataset
+from torchrl_mac.datasets import generate_dataset
 from torchrl_mac.evaluate import main as eval_main
 
 ROOT = Path(__file__).parents[2]

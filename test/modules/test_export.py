@@ -14,7 +14,6 @@ from torchrl.envs import Compose, ObservationNorm, RewardScaling
 from torchrl.modules import ValueOperator
 
 from torchrl_mac import load_policy
-from torchrl_mac.data.files import DamagedError
 from torchrl_mac.modules import (
     FlowMatchingPolicy,
     FlowRejectionActor,
@@ -23,6 +22,7 @@ from torchrl_mac.modules import (
     save_policy,
 )
 from torchrl_mac.trainers import load_policy_and_metadata
+from torchrl_mac.utils.files import DamagedError
 
 OBS, GOAL, H, A = 3, 2, 4, 2
 D = H * A

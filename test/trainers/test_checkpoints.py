@@ -309,7 +309,7 @@ class TestRunCheckpoints:
     def test_what_was_being_written_is_swept_away(self, tmp_path):
         checkpoints = self.save(tmp_path, 1)
         for name in (
-            "..checkpoint-000000000002.unsealed.stage-abc",
+            "..checkpoint-000000000002.partial.stage-abc",
             ".checkpoint-000000000002.removed",
         ):
             (tmp_path / name / "components").mkdir(parents=True)

@@ -1,29 +1,20 @@
-"""Offline datasets: OGBench files as memory-mapped TorchRL replay buffers."""
+"""What a training loop samples from: TorchRL replay buffers, samplers and storages of chunks."""
 
 from torchrl.data.datasets import register_dataset
 
-from torchrl_mac.data.download import download_dataset
-from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.goals import GoalDistribution
-from torchrl_mac.data.names import NUM_TASKS, OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
 from torchrl_mac.data.states import buffer_state, load_buffer_state
-from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
-    "NUM_TASKS",
     "ActionChunkExperienceReplay",
     "ActionChunkSampler",
     "ActionChunkStorage",
     "GoalDistribution",
     "OGBenchExperienceReplay",
-    "OGBenchName",
-    "ObservationStatistics",
-    "download_dataset",
-    "generate_dataset",
 ]
 
 # load_dataset("ogbench:cube-single-play-v0"); replace makes a second import harmless

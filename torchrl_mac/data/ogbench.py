@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
-from torchrl_mac.data.columns import is_complete, load_metadata
 from torchrl_mac.data.goals import GoalDistribution
-from torchrl_mac.data.labels import STATE_KEYS, column_folder, convert_columns, label_of
-from torchrl_mac.data.names import OGBenchName
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
-from torchrl_mac.data.sources import OGBenchSource, Source, find_shards
-from torchrl_mac.data.statistics import ObservationStatistics
+from torchrl_mac.datasets.converted import OGBenchDataset
+from torchrl_mac.datasets.names import OGBenchName
 
 __all__ = ["OGBenchExperienceReplay"]
 
-_SOURCE_FOLDER = Path("~/.ogbench/data")  # where ogbench.download_datasets puts files
 _MAC_GOALS = {
     "value_goal": GoalDistribution(current=0.2, trajectory=0.5, random=0.3),
     "actor_goal": GoalDistribution(current=0.0, trajectory=0.5, random=0.5, gamma=0.999),
@@ -99,74 +93,39 @@ class OGBenchExperienceReplay(ActionChunkExperienceReplay):
         >>> folder.cleanup()
     """
 
-    _remedy = (
-        "Pass source=, or get the files with `torchrl-mac-data generate` or `torchrl-mac-data "
-        "download`."
-    )
+    dataset: OGBenchDataset
 
     def __init__(
         self,
         dataset_id: str,
         batch_size: int | None = None,
         *,
+        root: str | Path | None = None,
         source: str | Path | Sequence[str | Path] | None = None,
+        split: Literal["train", "val"] = "train",
         columns: Sequence[str] = (),
+        workers: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.name = OGBenchName.parse(dataset_id)
-        unknown = set(columns) - set(STATE_KEYS)
-        if unknown:
-            raise ValueError(f"columns={sorted(unknown)} do not exist; choose among {STATE_KEYS}.")
-        if self.name.mode == "singletask" and kwargs.get("goals"):
+        name = OGBenchName.parse(dataset_id)
+        if name.mode == "singletask" and kwargs.get("goals"):
             raise ValueError(
                 f"{dataset_id!r} is a single task, which has its own rewards; goals= belong to "
-                f"names such as {self.name.env}-{self.name.behaviour}-oraclerep-v0."
+                f"names such as {name.env}-{name.behaviour}-oraclerep-v0."
             )
-        label = label_of(self.name)
-        self._labels = [*([label] if label else []), *columns]
-        self._observation_keys = ["observation", *columns]
-        if self.name.mode == "oraclerep":
-            self._goal_source = "oracle_rep"
+        if name.mode == "oraclerep":
             kwargs.setdefault("goals", _MAC_GOALS)
-        self._default_source = [_SOURCE_FOLDER.expanduser()]
-        super().__init__(dataset_id, batch_size, source=source, **kwargs)
+        dataset = OGBenchDataset(
+            dataset_id, root=root, source=source, split=split, columns=columns, workers=workers
+        )
+        super().__init__(dataset, batch_size, **kwargs)
+
+    @property
+    def name(self) -> OGBenchName:
+        """What the dataset's name says."""
+        return self.dataset.name
 
     @property
     def task_id(self) -> int | None:
         """The number of the task, resolved for the default one; ``None`` without a task."""
-        if self.name.mode != "singletask":
-            return None
-        return load_metadata(self._label_folder(self.split, self._labels[0]))["task_id"]
-
-    @functools.cached_property
-    def statistics(self) -> ObservationStatistics:
-        """Statistics of the observations of the validation split.
-
-        Warns and falls back to the training split if there is no validation split.
-        """
-        if not is_complete(self.data_path_root / "val"):
-            warnings.warn(
-                f"{self.name.dataset} has no validation split in {self.root}: statistics are those "
-                "of the training split.",
-                stacklevel=2,
-            )
-        return super().statistics
-
-    def _dataset_name(self) -> str:
-        return self.name.dataset
-
-    def _find(self, source: Sequence[Path]) -> list[Path]:
-        return find_shards(source, self.name.dataset)
-
-    def _open(self, path: Path) -> Source:
-        return OGBenchSource(path)
-
-    def _describe(self) -> dict[str, Any]:
-        return {"env": self.name.env, "behaviour": self.name.behaviour}
-
-    def _convert_label(self, label: str, sources: list[Source], folder: Path) -> None:
-        files = cast("list[OGBenchSource]", sources)
-        convert_columns(files, folder, self.name, label, workers=self._workers)
-
-    def _label_folder(self, split: str, label: str) -> Path:
-        return column_folder(self.data_path_root / split, label)
+        return self.dataset.task_id

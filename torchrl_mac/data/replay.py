@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey
 from torchrl.data import Bounded, Composite, ImmutableDatasetWriter, Unbounded
 from torchrl.data.datasets.common import BaseDatasetExperienceReplay
-from torchrl.data.datasets.utils import _get_root_dir
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import Writer
 from torchrl.envs.transforms import ObservationNorm, Transform
 
-from torchrl_mac.data.columns import is_complete, load_metadata
-from torchrl_mac.data.conversion import convert_rows, load_episode_ends
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.sampler import ActionChunkSampler
-from torchrl_mac.data.sources import Source, validation_file
-from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
-from torchrl_mac.data.trajectories import TrajectorySource
+from torchrl_mac.datasets.converted import ConvertedDataset, TrajectoryDataset
+from torchrl_mac.datasets.statistics import ObservationStatistics
 
 __all__ = ["ActionChunkExperienceReplay"]
 
@@ -34,7 +27,7 @@ __all__ = ["ActionChunkExperienceReplay"]
 class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     r"""A dataset of one's own, sampled in action chunks.
 
-    Files (see :class:`~torchrl_mac.data.trajectories.TrajectorySource`: D4RL's HDF5 or npz,
+    Files (see :class:`~torchrl_mac.datasets.trajectories.TrajectorySource`: D4RL's HDF5 or npz,
     Minari's HDF5) are converted once into a memory map,
     ``{root}/{dataset_id}/{train,val}/{rows,metadata.json}``, and not needed again. Several files
     make one dataset. A conversion that is interrupted goes on at the file where it was.
@@ -59,7 +52,9 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     ``prefetch``; ``state_dict`` holds both.
 
     Args:
-        dataset_id (str): a name for the dataset: letters, digits, ``.``, ``_`` and ``-``.
+        dataset_id (str or ConvertedDataset): a name for the dataset: letters, digits, ``.``, ``_``
+            and ``-``; or the dataset itself, which has settled ``root``, ``source``, ``split`` and
+            ``workers``.
         batch_size (int, optional): the number of chunks in a sample.
 
     Keyword Args:
@@ -120,7 +115,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
 
     def __init__(
         self,
-        dataset_id: str,
+        dataset_id: str | ConvertedDataset,
         batch_size: int | None = None,
         *,
         root: str | Path | None = None,
@@ -141,29 +136,22 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         transform: Transform | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', got {split!r}.")
-        self.dataset_id = dataset_id
-        self.split = split
-        self.root = _get_root_dir("ogbench") if root is None else Path(root).expanduser()
-        self._workers = workers or os.cpu_count() or 1
-        folder = self.data_path_root
-        if folder.is_symlink() or folder.resolve().parent != self.root.resolve():
-            raise ValueError(f"{folder} leads out of {self.root}; remove the link, or rename.")
-
-        if source is not None or not self._is_converted():
-            for part in dict.fromkeys((split, "val")):  # normalisation is based on "val"
-                self._convert(part, _paths(source) or self._default_source)
-        self.metadata = load_metadata(self.data_path)
+        if isinstance(dataset_id, str):
+            dataset_id = TrajectoryDataset(
+                dataset_id, root=root, source=source, split=split, workers=workers
+            )
+        dataset = self.dataset = dataset_id
+        self.root = dataset.root
+        rows = dataset.load()
         storage = _DatasetStorage(
-            self._load().to(device) if torch.device(device).type != "cpu" else self._load(),
+            rows if torch.device(device).type == "cpu" else rows.to(device),
             gamma=gamma,
             ignore_terminated=ignore_terminated,
-            observation_keys=self._observation_keys,
+            observation_keys=dataset.observation_keys,
             goal_keys=list(getattr(sampler, "goals", ()) if sampler is not None else goals or ()),
-            goal_source=self._goal_source,
+            goal_source=dataset.goal_source,
             negative_reward=negative_reward,
-            episode_ends=load_episode_ends(self.data_path),
+            episode_ends=dataset.episode_ends,
             device=device,
         )
         super().__init__(
@@ -180,116 +168,45 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         if prefetch:  # several threads would take the sampler's turns in any order
             self._prefetch_executor: ThreadPoolExecutor = ThreadPoolExecutor(max_workers=1)
 
-    # What a dataset is made of: subclasses know other files and more columns.
+    @property
+    def dataset_id(self) -> str:
+        """The name that the dataset was opened by."""
+        return self.dataset.dataset_id
 
-    _observation_keys: Sequence[NestedKey] = ("observation",)
-    _goal_source: NestedKey = "observation"
-    _labels: Sequence[str] = ()
-    _default_source: Sequence[Path] = ()
-    _remedy = "Pass source= the file, or a folder of files."
+    @property
+    def split(self) -> str:
+        """The split: ``"train"`` or ``"val"``."""
+        return self.dataset.split
 
-    def _dataset_name(self) -> str:
-        """The name of the dataset's folder."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.dataset_id):
-            raise ValueError(
-                f"{self.dataset_id!r} cannot name a dataset: use letters, digits, '.', '_', '-'."
-            )
-        return self.dataset_id
-
-    def _find(self, source: Sequence[Path]) -> list[Path]:
-        """The training files in a source."""
-        files = [path for part in source for path in TrajectorySource.find(part)]
-        return [path for path in files if not path.stem.endswith("-val")]
-
-    def _open(self, path: Path) -> Source:
-        return TrajectorySource(path)
-
-    def _describe(self) -> dict[str, Any]:
-        """What the manifest says of the dataset's name."""
-        return {}
-
-    def _convert_label(self, label: str, sources: list[Source], folder: Path) -> None:
-        raise NotImplementedError
-
-    def _label_folder(self, split: str, label: str) -> Path:
-        return self.data_path_root / split / "columns" / label
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The manifest of the converted split."""
+        return self.dataset.metadata
 
     @property
     def data_path(self) -> Path:
         """The folder of the converted split."""
-        return self.data_path_root / self.split
+        return self.dataset.path
 
     @property
     def data_path_root(self) -> Path:
         """The folder of the converted dataset, with all its splits and columns."""
-        return self.root / self._dataset_name()
+        return self.dataset.path_root
 
     @property
     def digest(self) -> str:
         """A SHA-256 digest of all files that the split was converted from."""
-        return self.metadata["digest"]
+        return self.dataset.digest
 
-    def _is_converted(self) -> bool:
-        folders = [self.data_path, *(self._label_folder(self.split, key) for key in self._labels)]
-        return all(map(is_complete, folders))
-
-    def _convert(self, split: str, source: Sequence[Path]) -> None:
-        """Converts what is missing of a split; only :attr:`split` must have a source then."""
-        train = self._find(source)
-        paths = [validation_file(path) for path in train] if split == "val" else train
-        missing = [path for path in paths if not path.is_file()]
-        if split == "val" and self.split == "train":
-            paths, missing = [path for path in paths if path.is_file()], []
-            if not paths:
-                return
-        if missing or not paths:
-            if self._is_converted():
-                return
-            where = f"{missing[0]} does not exist" if missing else "there is no file of it"
-            raise FileNotFoundError(
-                f"{self.dataset_id!r} ({split}) is not yet converted in {self.root} and {where}. "
-                f"{self._remedy}"
-            )
-        sources, folder = [self._open(path) for path in paths], self.data_path_root / split
-        if is_complete(folder):
-            found = [shard["identity"] for shard in load_metadata(folder)["shards"]]
-            if found != [source.identity for source in sources]:
-                raise ValueError(
-                    f"{_listed(paths)} not what {folder} was converted from; delete that folder, "
-                    "or pass another root=."
-                )
-        else:
-            metadata = {"dataset": self._dataset_name(), **self._describe(), "split": split}
-            convert_rows(sources, folder, metadata, workers=self._workers)
-        for label in self._labels:
-            if split == self.split or label == self._goal_source:  # goals are normalised by "val"
-                self._convert_label(label, sources, folder)
-
-    def _load(self) -> TensorDict:
-        rows = TensorDict.load_memmap(self.data_path / "rows")
-        columns = dict(rows.items())
-        for label in self._labels:
-            folder = self._label_folder(self.split, label)
-            columns.update(TensorDict.load_memmap(folder / "rows").items())
-        return TensorDict(columns, batch_size=rows.batch_size).lock_()
-
-    @functools.cached_property
+    @property
     def statistics(self) -> ObservationStatistics:
         """Statistics of the observations: the validation split's or, without one, the split's."""
-        return self._statistics(lambda split: self.data_path_root / split)
+        return self.dataset.statistics
 
-    @functools.cached_property
+    @property
     def goal_statistics(self) -> ObservationStatistics:
         """Statistics of the goals, from the same split as :attr:`statistics`."""
-        if self._goal_source not in self._labels:
-            return self.statistics
-        return self._statistics(lambda split: self._label_folder(split, str(self._goal_source)))
-
-    def _statistics(self, folder_of: Callable[[str], Path]) -> ObservationStatistics:
-        folder = folder_of("val")
-        if not is_complete(folder):
-            folder = folder_of(self.split)
-        return ObservationStatistics.from_dict(load_metadata(folder)["statistics"])
+        return self.dataset.goal_statistics
 
     def observation_norm(
         self,
@@ -332,7 +249,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     @property
     def goal_spec(self) -> Unbounded:
         """The environment's goals, if goals are sampled."""
-        return Unbounded(tuple(self.storage._storage.get(self._goal_source).shape[1:]))
+        return Unbounded(tuple(self.storage._storage.get(self.dataset.goal_source).shape[1:]))
 
     @property
     def action_spec(self) -> Bounded:
@@ -379,16 +296,3 @@ class _DatasetStorage(ActionChunkStorage):
 
     def loads(self, path: str | Path) -> None:
         pass
-
-
-def _paths(source: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    if source is None:
-        return []
-    if isinstance(source, str | Path):
-        source = [source]
-    return [Path(part).expanduser() for part in source]
-
-
-def _listed(paths: list[Path]) -> str:
-    first = f"{paths[0]} is" if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more are"
-    return first

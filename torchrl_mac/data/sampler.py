@@ -13,10 +13,10 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_mac.data.files import write_json
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.segments import Segments
 from torchrl_mac.data.storage import ActionChunkStorage
+from torchrl_mac.utils.files import write_json
 
 __all__ = ["ActionChunkSampler"]
 

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import GymWrapper
 
-from torchrl_mac.data.names import NUM_TASKS, OGBenchName
+from torchrl_mac.datasets.names import NUM_TASKS, OGBenchName
 
 if TYPE_CHECKING:
     import gymnasium

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchrl_mac.data.files import SEAL, read_json, seal, verify
 from torchrl_mac.modules.actor import ChunkActor
 from torchrl_mac.modules.config import build, describe
+from torchrl_mac.utils.files import SEAL, read_json, replaced, seal, verify
 
 __all__ = ["describe_policy", "is_export", "load_export", "save_policy", "write_policy"]
 
@@ -67,18 +65,12 @@ def save_policy(
     path = Path(path)
     if path.exists() and not is_export(path):
         raise FileExistsError(f"{path} is not an exported policy: choose another folder.")
-    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{part}") for part in ("new", "old"))
-    try:
-        aside.mkdir(parents=True)
-        write_policy(aside, *describe_policy(actor, metadata))
+    described = describe_policy(actor, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as aside:
+        aside.mkdir()
+        write_policy(aside, *described)
         seal(aside)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
     return path
 
 

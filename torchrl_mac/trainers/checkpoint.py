@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from torchrl.checkpoint import (
     StateDictCheckpointAdapter,
 )
 
-from torchrl_mac.data.files import DamagedError, seal, sync, verify
 from torchrl_mac.modules.export import write_policy
+from torchrl_mac.utils.files import DamagedError, replaced, seal, verify
 
 __all__ = [
     "HeldState",
@@ -77,20 +75,11 @@ class SealedCheckpoint(Checkpoint):
         if (self.format if format is None else format) != "directory":
             raise ValueError("A sealed checkpoint is a folder: format must be 'directory'.")
         path = Path(path).absolute()
-        aside, old = (path.with_name(f".{path.name}.{part}") for part in ("unsealed", "old"))
-        try:
+        with replaced(path) as aside:
             super().save(
                 aside, components=components, component_options=component_options, metadata=metadata
             )
             seal(aside)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(aside, path)
-            sync(path.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
         return path
 
     def load(self, path: str | Path, **kwargs: Any) -> CheckpointLoadResult:

@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_mac.modules import ChunkActor
 from torchrl_mac.trainers.episodes import EpisodeRunner
-from torchrl_mac.trainers.workers import WorkerPool
+from torchrl_mac.utils.workers import WorkerPool
 
 __all__ = ["EpisodeEvaluator", "Evaluation"]
 

@@ -21,7 +21,8 @@ from torchrl.objectives import LossModule
 from torchrl.record import CSVLogger, WandbLogger
 from torchrl.record.loggers import Logger
 
-from torchrl_mac.data import NUM_TASKS, OGBenchExperienceReplay, OGBenchName
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import ChunkActor, save_policy
 from torchrl_mac.trainers.distributed import join_group

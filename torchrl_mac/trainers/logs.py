@@ -13,6 +13,8 @@ from torch import Tensor
 from torchrl.record import CSVLogger
 from torchrl.record.loggers import Logger
 
+from torchrl_mac.utils.files import replaced
+
 __all__ = ["JSONLinesLogger", "rewind"]
 
 
@@ -123,6 +125,5 @@ def _rewrite(logger: CSVLogger) -> None:
     for path, text in expected.items():
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.partial")
-            aside.write_text(text)
-            os.replace(aside, path)
+            with replaced(path) as aside:
+                aside.write_text(text)

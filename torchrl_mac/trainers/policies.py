@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torchrl._utils import logger as torchrl_logger
 
-from torchrl_mac.data.files import DamagedError, read_json, verify
 from torchrl_mac.modules import ChunkActor, load_export
 from torchrl_mac.modules.export import CONFIG, is_export
+from torchrl_mac.utils.files import DamagedError, read_json, verify
 
 __all__ = ["SCORES", "load_policy", "load_policy_and_metadata"]
 

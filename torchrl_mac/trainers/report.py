@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrl.record.loggers.csv import CSVLogger
+
+from torchrl_mac.utils.files import write_json
 
 __all__ = ["plot_curves", "versions", "write_summary", "write_video"]
 
@@ -41,10 +41,7 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
         >>> sorted(summary)
         ['success_rate', 'versions']
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps({**summary, "versions": versions()}, indent=2) + "\n")
-    os.replace(aside, path)
+    write_json(Path(path), {**summary, "versions": versions()})
 
 
 def plot_curves(path: str | Path, logger: CSVLogger) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torchrl._utils import logger as torchrl_logger
 
-from torchrl_mac.data.files import read_json, write_json
+from torchrl_mac.utils.files import read_json, write_json
 
 __all__ = ["RunFolder"]
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 
-from torchrl_mac.data.files import read_json, write_json
 from torchrl_mac.modules import ChunkActor
 from torchrl_mac.modules.export import describe_policy
 from torchrl_mac.trainers.checkpoint import (
@@ -25,6 +24,7 @@ from torchrl_mac.trainers.checkpoint import (
     on_host,
 )
 from torchrl_mac.trainers.policies import SCORES
+from torchrl_mac.utils.files import read_json, write_json
 
 __all__ = ["RunCheckpoints"]
 

@@ -27,7 +27,7 @@ class ObservationStatistics:
 
     Examples:
         >>> import numpy as np
-        >>> from torchrl_mac.data import ObservationStatistics
+        >>> from torchrl_mac.datasets import ObservationStatistics
         >>> statistics = ObservationStatistics.from_rows(np.float32([[0.0], [1.0], [4.0]]))
         >>> statistics.loc_scale("min_max")
         (tensor([2.]), tensor([2.0010]))

@@ -8,21 +8,19 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from itertools import chain, groupby, islice
 from operator import attrgetter
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from torchrl._utils import logger
 from tqdm import tqdm
 
-from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.parallel import Job, make_episodes
-from torchrl_mac.data.rollouts import OfficialSettings
-from torchrl_mac.data.shards import Catalog, RowFiles, ShardFile
+from torchrl_mac.datasets.episodes import Job, make_episodes
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.rollouts import OfficialSettings
+from torchrl_mac.datasets.shards import Catalog, RowFiles, ShardFile, scratch_folder
+from torchrl_mac.utils.workers import require_main_guard
 
 __all__ = ["generate_dataset"]
 
@@ -91,7 +89,7 @@ def generate_dataset(
     Examples:
         >>> import tempfile
         >>> import numpy as np
-        >>> from torchrl_mac.data import generate_dataset
+        >>> from torchrl_mac.datasets import generate_dataset
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = generate_dataset(
         ...         "pointmaze-medium-navigate-v0",
@@ -122,6 +120,8 @@ def generate_dataset(
     ):
         if value < least:
             raise ValueError(f"{key}={value} is too small; it must be {least} or more.")
+    if workers > 1:
+        require_main_guard()
     recipe = {
         "name": parsed.dataset,
         "sharded": shards is not None,
@@ -147,7 +147,7 @@ def generate_dataset(
     ]
     catalog = Catalog(out, recipe, files)
     if overwrite or catalog.missing():  # else the folder need not be writable
-        with _scratch_folder(out, parsed.dataset) as scratch:
+        with scratch_folder(out, parsed.dataset) as scratch:
             if missing := catalog.missing(overwrite):
                 _make(parsed, catalog, missing, scratch, workers=workers, progress=progress)
     return out / files[0].name
@@ -200,30 +200,6 @@ def _publish(catalog: Catalog, rows: dict[ShardFile, RowFiles], stopped: threadi
     packed = {file: rows[file].pack(stopped) for file in rows}
     # The training file comes last: where there is one, its validation file is there too.
     catalog.publish(dict(reversed(packed.items())))
-
-
-@contextmanager
-def _scratch_folder(out: Path, dataset: str) -> Iterator[Path]:
-    """Makes an empty folder for the only process that works on the dataset, and removes it."""
-    folder = out / f".{dataset}.partial"
-    with ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            # The lock's file stays: to remove it could give two processes a lock each.
-            lock = FileLock(out / f".{dataset}.lock")
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except Timeout:
-                logger.info(f"Waiting for another process that is making {dataset} in {out}")
-                stack.enter_context(lock)
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-            folder.mkdir()
-        except OSError as err:
-            raise OSError(
-                err.errno, f"Cannot write to {out} ({err.strerror}); choose another folder"
-            ) from err
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        yield folder
 
 
 def _check_disk(out: Path, needed: int) -> None:

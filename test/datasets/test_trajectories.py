@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchrl_mac.data import ActionChunkExperienceReplay, trajectories
+from torchrl_mac.data import ActionChunkExperienceReplay
+from torchrl_mac.datasets import trajectories
 
 h5py = pytest.importorskip("h5py")
 

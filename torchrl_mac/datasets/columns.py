@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -22,23 +21,10 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from tqdm import tqdm
 
-from torchrl_mac.data.files import sync, write_json
+from torchrl_mac.datasets.manifest import FORMAT, METADATA, is_complete
+from torchrl_mac.utils.files import DamagedError, read_json, replaced, write_json
 
-__all__ = [
-    "FORMAT",
-    "METADATA",
-    "ColumnWriter",
-    "Part",
-    "Schema",
-    "is_complete",
-    "load_metadata",
-    "write_columns",
-]
-
-FORMAT = 2
-"""Version of the layout on disk; one more for each change that old readers cannot read."""
-
-METADATA = "metadata.json"
+__all__ = ["ColumnWriter", "Part", "Schema", "column_name", "write_columns"]
 
 Schema = dict[NestedKey, tuple[np.dtype, tuple[int, ...]]]
 """The dtype and row shape of each column."""
@@ -147,24 +133,20 @@ def write_columns(
                 f"{folder} exists but is not a converted dataset; move it away or pass another "
                 "root=."
             )
-        partial = folder.with_name(f".{folder.name}.partial")
-        try:
-            paths = _prepare(partial, parts, schema)
-            records = _fill(partial, paths, parts, fill, workers, progress)
-            metadata = finish(partial, records)
-            for name in ("plan.json", "parts"):
-                _remove(partial / name)
-            write_json(partial / METADATA, {"format": FORMAT, **metadata})
-            for path in [*partial.rglob("*"), partial]:
-                sync(path)
-            os.replace(partial, folder)
-        except BaseException as err:
-            if not any((partial / "parts").glob("*.json")):
-                shutil.rmtree(partial, ignore_errors=True)  # there is nothing to go on from
-            if isinstance(err, OSError) and err.errno == errno.ENOSPC:
-                raise _disk_full(folder, _size(parts, schema)) from err
-            raise
-        sync(folder.parent)
+        with replaced(folder, resumable=True) as partial:
+            try:
+                paths = _prepare(partial, parts, schema)
+                records = _fill(partial, paths, parts, fill, workers, progress)
+                metadata = finish(partial, records)
+                (partial / "plan.json").unlink()
+                shutil.rmtree(partial / "parts")
+                write_json(partial / METADATA, {"format": FORMAT, **metadata})
+            except BaseException as err:
+                if not any((partial / "parts").glob("*.json")):
+                    shutil.rmtree(partial, ignore_errors=True)  # there is nothing to go on from
+                if isinstance(err, OSError) and err.errno == errno.ENOSPC:
+                    raise _disk_full(folder, _size(parts, schema)) from err
+                raise
 
 
 @contextlib.contextmanager
@@ -192,7 +174,7 @@ def _prepare(partial: Path, parts: list[Part], schema: Schema) -> dict[NestedKey
         for key in schema
     }
     paths = {key: path.with_name(f"{path.name}.memmap") for key, path in paths.items()}
-    if _read_json(partial / "plan.json") == plan:
+    if _found(partial / "plan.json") == plan:
         allocated = sum(path.stat().st_blocks * 512 for path in paths.values())
     else:
         shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +207,7 @@ def _fill(
     saved = [partial / "parts" / f"{i:06}.json" for i in range(len(parts))]
     records: dict[int, dict[str, Any]] = {}
     for i, part in enumerate(parts):
-        found = _read_json(saved[i])
+        found = _found(saved[i])
         if found is not None and found["identity"] == part.identity:
             records[i] = found["record"]
     longest = next(iter(paths))  # its rows are those the progress bar counts
@@ -292,35 +274,9 @@ def column_name(key: NestedKey) -> str:
     return key if isinstance(key, str) else "/".join(key)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _read_json(path: Path) -> Any:
+def _found(path: Path) -> Any:
+    """What an earlier call has saved, if it has."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_json(path)
+    except (FileNotFoundError, DamagedError):
         return None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` holds finished columns."""
-    return (folder / METADATA).is_file()
-
-
-def load_metadata(folder: Path) -> dict[str, Any]:
-    """Reads ``metadata.json``.
-
-    Raises:
-        ValueError: if a different version of the package wrote it.
-    """
-    metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} was converted by another version of torchrl_mac (layout "
-            f"{metadata.get('format')}, expected {FORMAT}); delete it and convert again."
-        )
-    return metadata

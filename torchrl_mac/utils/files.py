@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "SEAL",
     "DamagedError",
+    "publish",
     "read_json",
+    "recover",
+    "replaced",
     "seal",
     "sha256",
     "sync",
@@ -24,7 +30,7 @@ _BLOCK = 1 << 20
 
 
 class DamagedError(ValueError):
-    """A file of a sealed folder is not as it was."""
+    """A file is not as it was when it was written."""
 
 
 def sync(path: Path) -> None:
@@ -43,6 +49,123 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replaced(path: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Makes a file or a folder anew beside the old one, and puts it in its place when it is whole.
+
+    If the block fails, what it has made is removed and the old content stays. A process that is
+    killed leaves the old content or the new, never a mixture: the next use, or :func:`recover`,
+    tidies up after it. Only one process at a time may replace the same path.
+
+    Args:
+        path (Path): the file or folder, in a folder that exists.
+
+    Keyword Args:
+        resumable (bool, optional): keeps what an earlier block, failed or killed, has made, for
+            this one to go on from. Defaults to ``False``.
+
+    Yields:
+        Path: where to make it, ``.{path.name}.partial``; nothing is there yet, unless
+        ``resumable``.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "notes.txt"
+        ...     for text in ("old", "new"):
+        ...         with replaced(path) as aside:
+        ...             _ = aside.write_text(text)
+        ...     try:
+        ...         with replaced(path) as aside:
+        ...             _ = aside.write_text("half")
+        ...             raise InterruptedError
+        ...     except InterruptedError:
+        ...         pass
+        ...     path.read_text(), len(list(path.parent.iterdir()))
+        ('new', 1)
+    """
+    aside = _beside(path, "partial")
+    _bring_back(path)
+    if not resumable:
+        _remove(aside)
+    try:
+        yield aside
+        publish(aside, path)
+    except BaseException:
+        if not resumable:
+            _remove(aside)
+        raise
+
+
+def publish(made: Path, path: Path) -> None:
+    """Moves a file or folder to its place, once it is safe on disk, in place of the old one.
+
+    Args:
+        made (Path): where it is, on the same disk.
+        path (Path): its place. A folder that is there already stands aside for a moment; should
+            the process be killed just then, :func:`recover` brings it back.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made, path = Path(folder) / "made", Path(folder) / "path"
+        ...     _ = made.write_text("content")
+        ...     publish(made, path)
+        ...     made.exists(), path.read_text()
+        (False, 'content')
+    """
+    for part in [*made.rglob("*"), made]:
+        sync(part)
+    _bring_back(path)
+    old = _beside(path, "old")
+    try:
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(made, path)
+    except BaseException:
+        _bring_back(path)
+        raise
+    sync(path.parent)
+    _remove(old)
+
+
+def recover(path: Path) -> None:
+    """Tidies up after a process that was killed while it replaced something.
+
+    Args:
+        path (Path): what was to be replaced; it is whole then, or not there if it never was.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in (".weights.old", ".weights.partial"):
+        ...         (Path(folder) / name).mkdir()
+        ...     recover(Path(folder) / "weights")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['weights']
+    """
+    _bring_back(path)
+    _remove(_beside(path, "partial"))
+
+
+def _bring_back(path: Path) -> None:
+    old = _beside(path, "old")
+    if not path.exists() and old.exists():
+        os.replace(old, path)
+    _remove(old)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     r"""Writes a JSON file, replacing an old one at once: no reader sees half a file.
 
@@ -58,11 +181,8 @@ def write_json(path: Path, value: Any) -> None:
         ...     path.read_text()
         '{\n "seed": 0\n}\n'
     """
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(_encode(value), encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
+    with replaced(path) as aside:
+        aside.write_text(_encode(value), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

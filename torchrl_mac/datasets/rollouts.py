@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_mac.data.names import OGBenchName
+from torchrl_mac.datasets.names import OGBenchName
 
 __all__ = ["OfficialSettings", "OracleRollout"]
 

@@ -28,17 +28,19 @@ import ogbench
 import pytest
 from filelock import FileLock
 
-from torchrl_mac.data import generate
-from torchrl_mac.data.generate import generate_dataset
-from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.parallel import Job, make_episodes
-from torchrl_mac.data.rollouts import OfficialSettings, OracleRollout
-from torchrl_mac.data.shards import RowFiles
+from torchrl_mac.datasets import generate, shards
+from torchrl_mac.datasets.episodes import Job, make_episodes
+from torchrl_mac.datasets.generate import generate_dataset
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.rollouts import OfficialSettings, OracleRollout
+from torchrl_mac.datasets.shards import RowFiles
 
 CUBE = "cube-single-play-v0"
 MAZE = "pointmaze-medium-navigate-v0"
 
+pytestmark = pytest.mark.usefixtures("processes")  # pools of workers start quickly
 
+make_rollout = OracleRollout.make
 QUICK = {"episodes": 3, "val_episodes": 2, "steps": 40, "workers": 1, "progress": False}
 
 
@@ -78,7 +80,7 @@ def sharded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, rollout):
     """Training files by name, made once with a single worker."""
     paths = {}
 
@@ -90,10 +92,21 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def rollout():
-    """Rollouts by name: an environment takes a second to build, and episodes leave no trace."""
-    return functools.cache(OracleRollout.make)
+    """Rollouts by name: an environment takes a second to build, and episodes leave no trace.
+
+    The package is given them, too, where it makes episodes in this process.
+    """
+    shared = functools.cache(make_rollout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OracleRollout, "make", lambda name: shared(str(name)))
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def make_env():
+    return functools.cache(gymnasium.make)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +131,7 @@ class TestReproducibility:
     def test_an_episode_does_not_depend_on_earlier_ones(self, rollout, name):
         for index in range(3):
             rollout(name).episode(seed=1, split=0, index=index, steps=100)
-        fresh = OracleRollout.make(name).episode(seed=1, split=0, index=3, steps=100)
+        fresh = make_rollout(name).episode(seed=1, split=0, index=3, steps=100)
         for key, column in rollout(name).episode(seed=1, split=0, index=3, steps=100).items():
             np.testing.assert_array_equal(column, fresh[key], err_msg=key)
 
@@ -155,8 +168,8 @@ class TestFormat:
             (MAZE, 2, None),
         ],
     )
-    def test_columns(self, made, name, qpos, buttons):
-        env = gymnasium.make(OGBenchName.parse(name).env_id)
+    def test_columns(self, made, make_env, name, qpos, buttons):
+        env = make_env(OGBenchName.parse(name).env_id)
         observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
         for path, episodes in ((made(name), 3), (made(name).with_stem(f"{name}-val"), 2)):
             data = load(path)
@@ -180,10 +193,13 @@ class TestFormat:
             assert {item.date_time for item in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
     @pytest.mark.parametrize("name", [CUBE, "scene-play-v0", MAZE])
-    def test_ogbench_loads_it(self, made, name):
+    def test_ogbench_loads_it(self, made, make_env, name):
         task = name.replace("-v0", "-singletask-task1-v0")
         for dataset, keys in ((name, set()), (task, {"rewards", "masks"})):
-            env, train, val = ogbench.make_env_and_datasets(dataset, dataset_path=str(made(name)))
+            env = make_env(OGBenchName.parse(dataset).env_id)
+            train, val = ogbench.make_env_and_datasets(
+                dataset, dataset_path=str(made(name)), dataset_only=True, cur_env=env
+            )
             assert (len(train["observations"]), len(val["observations"])) == (3 * 39, 2 * 39)
             assert train["observations"].shape[1:] == env.observation_space.shape
             assert keys <= set(train)
@@ -585,6 +601,41 @@ class TestErrors:
             list(episodes)
         assert not multiprocessing.active_children()
 
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the libraries in /proc")
+    def test_workers_import_no_torch(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(WORKERS)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == ["True", "False"] * 2, done.stderr
+
+    def test_a_script_that_does_not_protect_itself(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from torchrl_mac.datasets import generate_dataset\n"
+            f"generate_dataset({MAZE!r}, {str(tmp_path / 'out')!r}, workers=2, episodes=4)\n"
+        )
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert 'protect that script with `if __name__ == "__main__":`' in done.stderr
+
+
+WORKERS = f"""
+import multiprocessing
+from pathlib import Path
+from torchrl_mac.datasets import OGBenchName
+from torchrl_mac.datasets.episodes import Job, make_episodes
+
+if __name__ == "__main__":
+    jobs = [Job(0, 0, i) for i in range(100)]
+    episodes = make_episodes(OGBenchName.parse({MAZE!r}), jobs, seed=0, steps=5, workers=2)
+    for _ in range(50):
+        next(episodes)
+    for process in multiprocessing.active_children():
+        libraries = Path(f"/proc/{{process.pid}}/maps").read_text()
+        print("libmujoco" in libraries, "libtorch" in libraries)
+    episodes.close()
+"""
+
 
 class TestInterruption:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -671,7 +722,8 @@ class TestInterruption:
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_of_the_program_with_workers(self, tmp_path, number, code):
-        command = [sys.executable, "-m", "torchrl_mac.data", "generate", MAZE, "--out", tmp_path]
+        program = [sys.executable, "-m", "torchrl_mac.datasets"]
+        command = [*program, "generate", MAZE, "--out", tmp_path]
         process = subprocess.Popen(
             [*command, "--workers", "2", "--episodes", "100000", "--quiet"],
             start_new_session=True,
@@ -711,14 +763,12 @@ def processes_of_session(session):
 
 
 @pytest.fixture
-def process():
+def process(processes):
     """Starts functions in processes that can be killed, without the wait for imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrl_mac.data.parallel"])
     started = []
 
     def start(function, *args, **kwargs):
-        started.append(context.Process(target=function, args=args, kwargs=kwargs))
+        started.append(processes.Process(target=function, args=args, kwargs=kwargs))
         started[-1].start()
         return started[-1]
 
@@ -730,7 +780,7 @@ def process():
 
 DYING = """
 import os, signal
-from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.datasets.generate import generate_dataset
 
 original, left = os.replace, call
 
@@ -748,7 +798,7 @@ generate_dataset(name, out, shards=2, **kwargs)
 
 ENDLESS = """
 import os
-from torchrl_mac.data.generate import generate_dataset
+from torchrl_mac.datasets.generate import generate_dataset
 
 os.setsid()
 generate_dataset(name, out, shards=999, **kwargs)
@@ -821,7 +871,7 @@ class TestTwoAtOnce:
 
     def test_the_second_waits_and_has_nothing_left_to_do(self, sharded, tmp_path, monkeypatch):
         messages = []
-        monkeypatch.setattr(generate.logger, "info", messages.append)
+        monkeypatch.setattr(shards.logger, "info", messages.append)
         with ThreadPoolExecutor(1) as pool:
             with FileLock(tmp_path / f".{MAZE}.lock"):
                 second = pool.submit(quickly, MAZE, tmp_path, shards=4)

@@ -55,7 +55,7 @@ class OGBenchName:
         size (str, optional): ``"100m"`` for the large set of that many million rows.
 
     Examples:
-        >>> from torchrl_mac.data import OGBenchName
+        >>> from torchrl_mac.datasets import OGBenchName
         >>> name = OGBenchName.parse("cube-single-play-singletask-task2-v0")
         >>> name.env, name.mode, name.task_id
         ('cube-single', 'singletask', 2)

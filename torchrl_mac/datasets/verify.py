@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from tensordict import TensorDict
 
-from torchrl_mac.data.columns import column_name, is_complete, load_metadata
-from torchrl_mac.data.conversion import load_episode_ends
-from torchrl_mac.data.files import sha256
-from torchrl_mac.data.sources import BLOCK_ROWS, OGBenchSource
+from torchrl_mac.datasets.columns import column_name
+from torchrl_mac.datasets.conversion import load_episode_ends
+from torchrl_mac.datasets.manifest import is_complete, load_metadata
+from torchrl_mac.datasets.sources import BLOCK_ROWS, OGBenchSource
+from torchrl_mac.utils.files import sha256
 
 __all__ = ["verify_conversion", "verify_files"]
 

@@ -2,23 +2,22 @@ from __future__ import annotations
 
 import shutil
 
-import gymnasium
 import numpy as np
 import ogbench
 import pytest
 from ogbench_files import LENGTHS, make_arrays
 
-from torchrl_mac.data import OGBenchExperienceReplay, OGBenchName, labels
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import OGBenchName, labels
 
 CUBE = "cube-single-play-singletask-task2-v0"
 MAZE = "pointmaze-medium-navigate-singletask-task3-v0"
 
 
-@pytest.fixture(scope="module")
-def cube_goal():
-    env = gymnasium.make("cube-single-singletask-task2-v0")
-    yield env.unwrapped.task_infos[1]["goal_xyzs"][0]
-    env.close()
+@pytest.fixture
+def cube_goal(shared_labels):
+    env = labels.LabelledEnv(OGBenchName.parse(CUBE))._env
+    return env.unwrapped.task_infos[1]["goal_xyzs"][0]
 
 
 def solve_some_cubes(goal):
@@ -30,16 +29,20 @@ def solve_some_cubes(goal):
 
 
 @pytest.mark.parametrize("dataset_id", [CUBE, MAZE])
+@pytest.mark.usefixtures("shared_labels")
 def test_rewards_are_those_ogbench_loads(write_npz, tmp_path, cube_goal, dataset_id):
     stem = OGBenchName.parse(dataset_id).dataset
     if dataset_id == CUBE:
         source = write_npz(stem, qpos=solve_some_cubes(cube_goal))
     else:
         source = write_npz(stem, lengths=(400, 400))
-    env, train, val = ogbench.make_env_and_datasets(
-        dataset_id, dataset_path=str(source / f"{stem}.npz"), compact_dataset=True
+    train, val = ogbench.make_env_and_datasets(
+        dataset_id,
+        dataset_path=str(source / f"{stem}.npz"),
+        compact_dataset=True,
+        dataset_only=True,
+        cur_env=labels.LabelledEnv(OGBenchName.parse(dataset_id))._env,
     )
-    env.close()
     assert 0 < train["masks"].sum() < len(train["masks"])
     for split, expected in (("train", train), ("val", val)):
         rows = OGBenchExperienceReplay(
@@ -53,12 +56,14 @@ def test_rewards_are_those_ogbench_loads(write_npz, tmp_path, cube_goal, dataset
         assert columns["truncated"].tolist() == (boundary & ~terminated).tolist()
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_a_solved_last_row_is_terminated_not_truncated(write_npz, tmp_path, cube_goal):
     source = write_npz(qpos=solve_some_cubes(cube_goal))
     row = OGBenchExperienceReplay(CUBE, root=tmp_path, source=source)[LENGTHS[0] - 1]
     assert row["next", "terminated"] and row["next", "done"] and not row["next", "truncated"]
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_default_task_is_that_of_ogbench(write_npz, tmp_path, cube_goal):
     source = write_npz(qpos=solve_some_cubes(cube_goal))
     default = CUBE.replace("-task2", "")
@@ -70,6 +75,7 @@ def test_default_task_is_that_of_ogbench(write_npz, tmp_path, cube_goal):
     assert OGBenchExperienceReplay("cube-single-play-v0", root=tmp_path / "root").task_id is None
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_tasks_are_added_to_the_same_rows(write_npz, tmp_path, cube_goal):
     source, root = write_npz(qpos=solve_some_cubes(cube_goal)), tmp_path / "root"
     plain = OGBenchExperienceReplay("cube-single-play-v0", root=root, source=source)
@@ -103,6 +109,7 @@ def test_a_missing_task_needs_the_source(write_npz, tmp_path, monkeypatch):
         (np.full((sum(LENGTHS), 21), np.nan, "f4"), "'qpos' has NaN"),
     ],
 )
+@pytest.mark.usefixtures("shared_labels")
 def test_bad_states_are_named(write_npz, tmp_path, qpos, message):
     root = tmp_path / "root"
     with pytest.raises(ValueError, match=message):
@@ -125,7 +132,7 @@ def test_without_ogbench(write_npz, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset_id", [CUBE, MAZE])
-def test_relabelling_is_deterministic_and_leaves_the_random_state(dataset_id):
+def test_relabelling_is_deterministic_and_leaves_the_random_state(dataset_id, shared_labelled_env):
     name = OGBenchName.parse(dataset_id)
     state = {"qpos": make_arrays(name.dataset, (200,), seed=0)["qpos"]}
     np.random.seed(0)
@@ -133,7 +140,7 @@ def test_relabelling_is_deterministic_and_leaves_the_random_state(dataset_id):
     first = labels.LabelledEnv(name).rewards(state)
     assert np.random.get_state()[1].tolist() == before
     np.random.seed(1)
-    second = labels.LabelledEnv(name).rewards(state)
+    second = shared_labelled_env(name).rewards(state)
     assert first[0].tolist() == second[0].tolist() and first[1].tolist() == second[1].tolist()
     assert list(state) == ["qpos"]
 

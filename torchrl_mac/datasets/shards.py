@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
+import logging
 import re
+import shutil
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from torchrl_mac.data.files import sha256, sync, write_json
+from torchrl_mac.utils.files import publish, read_json, sha256, write_json
 
-__all__ = ["Catalog", "RowFiles", "ShardFile"]
+__all__ = ["Catalog", "RowFiles", "ShardFile", "scratch_folder"]
 
+logger = logging.getLogger("torchrl")  # TorchRL's, which takes seconds to import
 _BLOCK = 1 << 20
 _REMEDY = "replace it with overwrite=True (--overwrite)"
 
@@ -99,7 +103,7 @@ class Catalog:
         recipe has no replacement for are deleted.
 
         Args:
-            packed (dict): where each file is now, safe on disk.
+            packed (dict): where each file is now.
         """
         if self._is_other:
             self.path.unlink(missing_ok=True)
@@ -116,8 +120,7 @@ class Catalog:
                 "rows": file.episodes * self.recipe["steps"],
                 "episodes": file.episodes,
             }
-            os.replace(path, self.out / file.name)
-            sync(self.out)
+            publish(path, self.out / file.name)
             self._complete[file.name] = entry
             self._write()
 
@@ -130,7 +133,7 @@ class Catalog:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = read_json(self.path)
             is_whole = all({"file", "bytes", "sha256"} <= entry.keys() for entry in found["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
@@ -163,6 +166,49 @@ class Catalog:
 
 def _exists(problem: str) -> FileExistsError:
     return FileExistsError(errno.EEXIST, f"{problem}, or {_REMEDY}")
+
+
+@contextmanager
+def scratch_folder(out: Path, dataset: str) -> Iterator[Path]:
+    """Makes an empty folder for the only process that works on a dataset, and removes it.
+
+    Args:
+        out (Path): where the dataset's files are; made if need be. Another process that works on
+            the same dataset there is waited for.
+        dataset (str): its name.
+
+    Yields:
+        Path: the folder, in ``out``.
+
+    Raises:
+        OSError: if ``out`` cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     with scratch_folder(Path(out), "maze-v0") as folder:
+        ...         folder.name, list(folder.iterdir())
+        ('.maze-v0.partial', [])
+    """
+    folder = out / f".{dataset}.partial"
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            # The lock's file stays: to remove it could give two processes a lock each.
+            lock = FileLock(out / f".{dataset}.lock")
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                logger.info(f"Waiting for another process that is making {dataset} in {out}")
+                stack.enter_context(lock)
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            folder.mkdir()
+        except OSError as err:
+            raise OSError(
+                err.errno, f"Cannot write to {out} ({err.strerror}); choose another folder"
+            ) from err
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 class RowFiles:
@@ -205,7 +251,7 @@ class RowFiles:
             stopped (threading.Event, optional): when another thread sets it, this one gives up.
 
         Returns:
-            Path: the file, which is safe on disk. The flat files are gone.
+            Path: the file. The flat files are gone.
 
         Raises:
             InterruptedError: if ``stopped`` is set.
@@ -228,5 +274,4 @@ class RowFiles:
                             raise InterruptedError(f"Packing {path} was stopped.")
                         file.write(block)
                 (self.folder / key).unlink()
-        sync(path)
         return path

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -13,7 +12,10 @@ import pytest
 import torch
 from ogbench_files import LENGTHS, VAL_LENGTHS, make_arrays
 
-from torchrl_mac.data import ObservationStatistics, OGBenchExperienceReplay, columns
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import ObservationStatistics, columns
+
+pytestmark = pytest.mark.usefixtures("processes")  # whose server starts beside the first tests
 
 NAME = "cube-single-play-v0"
 ROWS = sum(LENGTHS)
@@ -235,11 +237,6 @@ def test_foreign_files_are_kept(write_npz, tmp_path):
     assert mine[0].read_text() == (mine[2] / "notes.txt").read_text() == "mine"
 
 
-# A server that has only imported torchrl_mac.data forks the processes below.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torchrl_mac.data"])
-
-
 def convert_slowly(root, source, seconds, reports):
     write = columns.ColumnWriter.write
 
@@ -253,15 +250,15 @@ def convert_slowly(root, source, seconds, reports):
     reports.put("ogbench imported" if "ogbench" in sys.modules else "done")
 
 
-def start_conversion(root, source, seconds, reports):
+def start_conversion(processes, root, source, seconds, reports):
     process = processes.Process(target=convert_slowly, args=(root, source, seconds, reports))
     process.start()
     return process
 
 
-def test_a_killed_conversion_is_redone(write_npz, tmp_path):
+def test_a_killed_conversion_is_redone(processes, write_npz, tmp_path):
     source, root, reports = write_npz(), tmp_path / "root", processes.Queue()
-    process = start_conversion(root, source, 60, reports)
+    process = start_conversion(processes, root, source, 60, reports)
     assert reports.get(timeout=60) == "column"
     process.kill()
     process.join()
@@ -274,9 +271,9 @@ def test_a_killed_conversion_is_redone(write_npz, tmp_path):
     assert not partial.exists()
 
 
-def test_two_processes_convert_at_once(write_npz, tmp_path):
+def test_two_processes_convert_at_once(processes, write_npz, tmp_path):
     source, root, reports = write_npz(), tmp_path / "root", processes.Queue()
-    both = [start_conversion(root, source, 0.1, reports) for _ in range(2)]
+    both = [start_conversion(processes, root, source, 0.1, reports) for _ in range(2)]
     # six columns in each of two splits, each written by one of the two
     received = sorted(reports.get(timeout=60) for _ in range(14))
     assert received == 12 * ["column"] + 2 * ["done"]
@@ -287,7 +284,7 @@ def test_two_processes_convert_at_once(write_npz, tmp_path):
 
 
 def test_statistics_are_those_of_the_rows(monkeypatch):
-    monkeypatch.setattr("torchrl_mac.data.statistics._BLOCK", 7)
+    monkeypatch.setattr("torchrl_mac.datasets.statistics._BLOCK", 7)
     rows = make_arrays(NAME, (40,), seed=3)["observations"]
     statistics = ObservationStatistics.from_rows(rows)
     for name in ("min", "max", "mean", "std"):

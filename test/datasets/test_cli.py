@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import re
-import threading
 
-import numpy as np
 import pytest
 
-from torchrl_mac.data import cli
+from torchrl_mac import datasets
+from torchrl_mac.datasets import cli
 
 MAZE, CUBE = "pointmaze-medium-navigate-v0", "cube-single-play-v0"
 
@@ -53,7 +50,7 @@ class TestCommandLine:
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "generate_dataset", interrupt)
+        monkeypatch.setattr(datasets, "generate_dataset", interrupt)
         assert cli.main(["generate", CUBE]) == 130
         assert "interrupted" in capsys.readouterr().err
 
@@ -61,7 +58,7 @@ class TestCommandLine:
         def fail(*_, **__):
             raise RuntimeError("worker is gone")
 
-        monkeypatch.setattr(cli, "generate_dataset", fail)
+        monkeypatch.setattr(datasets, "generate_dataset", fail)
         assert cli.main(["generate", CUBE]) == 1
         assert "worker is gone" in capsys.readouterr().err
 
@@ -90,20 +87,23 @@ class TestCommandLine:
         stderr = capsys.readouterr().err
         assert "'action'" in stderr and f"{CUBE}.npz" in stderr and "convert again" in stderr
 
-    def test_download(self, tmp_path, capsys):
-        there = tmp_path / "there"
-        there.mkdir()
-        for suffix in ("", "-val"):
-            np.savez(there / f"{CUBE}{suffix}.npz", actions=np.zeros((3, 5)))
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=there)
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever).start()
-            address = f"http://127.0.0.1:{server.server_port}"
-            argv = ["download", CUBE, "--out", str(tmp_path / "here"), "--mirror", address]
-            assert cli.main([*argv, "--quiet"]) == 0
-            server.shutdown()
+    def test_download(self, tmp_path, capsys, monkeypatch):
+        calls = []
+
+        def download(name, out, *, checksums):
+            calls.append((name, out, checksums))
+            return [out / f"{name}.npz", out / f"{name}-val.npz"]
+
+        monkeypatch.setattr(datasets, "download_dataset", download)
+        argv = ["download", CUBE, "--out", str(tmp_path)]
+        assert cli.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines == [str(tmp_path / "here" / f"{CUBE}{end}.npz") for end in ("", "-val")]
+        assert lines == [str(tmp_path / f"{CUBE}{end}.npz") for end in ("", "-val")]
+        digest = 32 * "aB"
+        assert cli.main([*argv, "--sha256", f"{CUBE}.npz={digest}"]) == 0
+        assert calls == [(CUBE, tmp_path, {}), (CUBE, tmp_path, {f"{CUBE}.npz": digest})]
+        assert cli.main([*argv, "--sha256", f"{CUBE}.npz=abc"]) == 2
+        assert "is not FILE=HEX" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

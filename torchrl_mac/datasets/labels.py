@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tensordict import TensorDict
 
-from torchrl_mac.data.columns import ColumnWriter, Schema, write_columns
-from torchrl_mac.data.conversion import end_flags, parts_of
-from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.sources import OGBenchSource
-from torchrl_mac.data.statistics import ObservationStatistics, RunningStatistics
+from torchrl_mac.datasets.columns import ColumnWriter, Schema, write_columns
+from torchrl_mac.datasets.conversion import end_flags, parts_of
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.sources import OGBenchSource
+from torchrl_mac.datasets.statistics import ObservationStatistics, RunningStatistics
 
 __all__ = ["STATE_KEYS", "LabelledEnv", "column_folder", "convert_columns", "label_of"]
 
@@ -120,7 +120,7 @@ def convert_columns(
             return {"task_id": env.task_id, "solved_rows": solved, "shards": records}
 
     write_columns(
-        folder, parts_of([*sources]), schema, fill, finish, workers=workers, progress=progress
+        folder, parts_of(sources), schema, fill, finish, workers=workers, progress=progress
     )
 
 

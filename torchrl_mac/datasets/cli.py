@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchrl.data.datasets.utils import _get_root_dir
-
-from torchrl_mac.data.columns import is_complete, load_metadata
-from torchrl_mac.data.download import download_dataset
-from torchrl_mac.data.generate import generate_dataset
-from torchrl_mac.data.names import OGBenchName
-from torchrl_mac.data.ogbench import OGBenchExperienceReplay
-from torchrl_mac.data.sources import find_shards, validation_file
-from torchrl_mac.data.verify import verify_conversion, verify_files
+from torchrl_mac import datasets
+from torchrl_mac.datasets.manifest import DEFAULT_ROOT, converted_splits, is_complete, load_metadata
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.sources import find_shards, validation_file
 
 __all__ = ["main"]
 
@@ -44,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    logging.basicConfig(format=f"{_PROGRAM}: %(message)s")
+    logging.getLogger("torchrl").setLevel(logging.INFO)
     try:
         with _terminated_by_exception():
             args.run(args)
@@ -88,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="make the memory map that training reads",
-        description="Converts NAME.npz and NAME-val.npz for OGBenchExperienceReplay.",
+        description="Converts NAME.npz and NAME-val.npz for training.",
     )
     convert.set_defaults(run=_convert)
     convert.add_argument("name", metavar="NAME", help="a singletask name adds that task's rewards")
@@ -107,17 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     download = commands.add_parser(
         "download",
         help="fetch OGBench's public files",
-        description="Fetches NAME.npz and NAME-val.npz, or other files of the set.",
+        description="Fetches NAME.npz and NAME-val.npz, and checks them.",
     )
     download.set_defaults(run=_download)
     download.add_argument("name", metavar="NAME", help="such as cube-single-play-v0")
     download.add_argument("--out", type=Path, default="data", help="folder (default: %(default)s)")
-    download.add_argument("--files", nargs="+", metavar="FILE", help="such as NAME-000.npz")
     download.add_argument(
-        "--mirror", action="append", metavar="URL", help="folder of the files; may be repeated"
+        "--sha256", nargs="+", type=_pair, metavar="FILE=HEX", help="what the files must hash to"
     )
-    download.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte")
-    download.add_argument("--quiet", action="store_true", help="no progress bar")
 
     verify = commands.add_parser(
         "verify",
@@ -145,7 +141,7 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    path = generate_dataset(
+    path = datasets.generate_dataset(
         args.name,
         args.out,
         episodes=args.episodes,
@@ -161,21 +157,13 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _download(args: argparse.Namespace) -> None:
-    paths = download_dataset(
-        args.name,
-        args.out,
-        files=args.files,
-        mirrors=args.mirror,
-        timeout=args.timeout,
-        progress=not args.quiet,
-    )
-    for path in paths:
+    for path in datasets.download_dataset(args.name, args.out, checksums=dict(args.sha256 or ())):
         _say(str(path))
 
 
 def _convert(args: argparse.Namespace) -> None:
     for split in ("train", "val"):
-        buffer = OGBenchExperienceReplay(
+        dataset = datasets.OGBenchDataset(
             args.name,
             root=args.root,
             source=args.source,
@@ -183,17 +171,19 @@ def _convert(args: argparse.Namespace) -> None:
             columns=args.columns,
             workers=args.workers,
         )
-        _say(f"{buffer.data_path}: {len(buffer)} rows")
+        _say(f"{dataset.path}: {len(dataset)} rows")
 
 
 def _verify(args: argparse.Namespace) -> None:
     name = OGBenchName.parse(args.name).dataset
     if args.source is None:
         for folder in _converted(args.root, name):
-            verify_conversion(folder, _say)
+            datasets.verify_conversion(folder, _say)
         return
     train = find_shards(args.source, name)
-    verify_files([*train, *(path for path in map(validation_file, train) if path.exists())], _say)
+    datasets.verify_files(
+        [*train, *(path for path in map(validation_file, train) if path.exists())], _say
+    )
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -218,13 +208,20 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _converted(root: Path | None, name: str) -> list[Path]:
-    root = (root or _get_root_dir("ogbench")).expanduser()
-    folders = [folder for split in ("train", "val") if is_complete(folder := root / name / split)]
+    folders = converted_splits(name, root)
     if not folders:
         raise FileNotFoundError(
-            f"{root} has no converted {name}; make it with `{_PROGRAM} convert {name}`"
+            f"{root or DEFAULT_ROOT} has no converted {name}; make it with "
+            f"`{_PROGRAM} convert {name}`"
         )
     return folders
+
+
+def _pair(text: str) -> tuple[str, str]:
+    file, _, digest = text.rpartition("=")
+    if not file or not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE=HEX, with 64 hexadecimal digits")
+    return file, digest
 
 
 def _say(line: str) -> None:

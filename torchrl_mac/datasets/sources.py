@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import json
 import threading
 import zipfile
 import zlib
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_mac.data.names import OGBenchName
+from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.utils.files import read_json
 
 __all__ = ["BLOCK_ROWS", "NpzFile", "OGBenchSource", "Source", "find_shards", "validation_file"]
 
@@ -230,7 +230,7 @@ class OGBenchSource(NpzFile, Source):
         """
         for path in self.path.parent.glob("*-v0.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # another's file
-                recipe = json.loads(path.read_text(encoding="utf-8"))
+                recipe = read_json(path)
                 for file in recipe["files"]:
                     if file["file"] == self.path.name:
                         return {**recipe, "file": file}

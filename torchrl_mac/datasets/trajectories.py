@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_mac.data.files import sha256
-from torchrl_mac.data.sources import BLOCK_ROWS, NpzFile, Source
+from torchrl_mac.datasets.sources import BLOCK_ROWS, NpzFile, Source
+from torchrl_mac.utils.files import sha256
 
 __all__ = ["TrajectorySource"]
 

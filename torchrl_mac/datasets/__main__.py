@@ -1,8 +1,8 @@
-"""``python -m torchrl_mac.data``: the same as ``torchrl-mac-data``."""
+"""``python -m torchrl_mac.datasets``: the same as ``torchrl-mac-data``."""
 
 import sys
 
-from torchrl_mac.data.cli import main
+from torchrl_mac.datasets.cli import main
 
 # Worker processes import this module under another name.
 if __name__ == "__main__":

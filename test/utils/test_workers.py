@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from torchrl_mac.trainers.workers import WorkerError, WorkerPool
+from torchrl_mac.utils.workers import WorkerError, WorkerPool
 
 
 class Task:
@@ -24,6 +26,8 @@ class Task:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "hang" or (what == "hang once" and first):
             time.sleep(60)
+        if what == "slow":
+            time.sleep(0.2)
         if what == "fail":
             raise ZeroDivisionError("in the task")
         return what, self.asked, os.getpid()
@@ -79,6 +83,66 @@ def test_closing_does_not_wait_for_what_hangs():
     assert time.monotonic() - begun < 10
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_after_closing_nothing_runs():
+    before = multiprocessing.active_children()
+    pool = WorkerPool(1, Task)
+    futures = [pool.submit("hang"), pool.submit("hang")]
+    time.sleep(0.2)  # its process is about to start, or has
+    pool.close()
+    assert set(multiprocessing.active_children()) <= set(before)
+    with pytest.raises(WorkerError):
+        futures[0].result(0)
+    assert futures[1].cancelled()
+    with pytest.raises(RuntimeError):
+        pool.submit("a")
+
+
+def test_map_keeps_the_order_and_takes_no_more_than_it_may(tmp_path):
+    taken = []
+
+    def tasks():
+        for number in range(20):
+            taken.append(number)
+            yield "slow" if number % 3 == 0 else number
+
+    with WorkerPool(2, Task, preload=[__name__]) as pool:
+        results = pool.map(tasks(), ahead=2)
+        assert next(results)[0] == "slow"
+        assert taken == list(range(5))
+        answers = [answer[0] for answer in results]
+    assert answers == ["slow" if number % 3 == 0 else number for number in range(1, 20)]
+
+
+def test_map_left_early_ends_the_processes():
+    before = multiprocessing.active_children()
+    with WorkerPool(2, Task, attempts=1) as pool:
+        for _ in pool.map(["a", "hang", "hang", "hang"], ahead=1):
+            break
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_map_raises_in_the_place_of_the_result():
+    with WorkerPool(1, Task, attempts=1) as pool:
+        results = pool.map(["a", "fail", "b"])
+        assert next(results)[0] == "a"
+        with pytest.raises(WorkerError, match="ZeroDivisionError"):
+            next(results)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the libraries in /proc")
+def test_a_process_imports_no_torch_for_it():
+    with WorkerPool(1, _Libraries) as pool:
+        libraries = pool.submit().result()
+    assert "python" in libraries and "libtorch" not in libraries
+
+
+class _Libraries:
+    """All that a process has loaded."""
+
+    def __call__(self):
+        return Path("/proc/self/maps").read_text()
 
 
 def test_ctrl_c_is_the_parents_business(pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_mac.data.columns import ColumnWriter, Part, Schema, write_columns
-from torchrl_mac.data.files import sha256, sync
-from torchrl_mac.data.sources import Source
-from torchrl_mac.data.statistics import ObservationStatistics, RunningStatistics
+from torchrl_mac.datasets.columns import ColumnWriter, Part, Schema, write_columns
+from torchrl_mac.datasets.sources import Source
+from torchrl_mac.datasets.statistics import ObservationStatistics, RunningStatistics
+from torchrl_mac.utils.files import sha256
 
 __all__ = ["ACTION_BOUND", "convert_rows", "load_episode_ends", "parts_of"]
 
@@ -25,7 +26,7 @@ _FLAGS = ("terminated", "truncated", "done")
 
 
 def convert_rows(
-    sources: list[Source],
+    sources: Sequence[Source],
     folder: Path,
     metadata: dict[str, Any],
     *,
@@ -39,7 +40,7 @@ def convert_rows(
     manifest ``metadata.json``.
 
     Args:
-        sources (list of Source): the files, in order.
+        sources (sequence of Source): the files, in order.
         folder (Path): what to make; appears complete or not at all.
         metadata (dict): entries to add to the manifest.
 
@@ -102,7 +103,6 @@ def convert_rows(
     def finish(partial: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
         ends = [source.ends + first for source, first in zip(sources, first_row, strict=False)]
         np.save(partial / _ENDS, np.concatenate(ends).astype(np.int64))
-        sync(partial / _ENDS)
         statistics = ObservationStatistics.from_running([r.pop("running") for r in records])
         digests = [record["sha256"] for record in records]
         return {
@@ -139,8 +139,8 @@ def convert_rows(
     )
 
 
-def parts_of(sources: list[Source]) -> list[Part]:
-    """The shards as :func:`~torchrl_mac.data.columns.write_columns` wants them."""
+def parts_of(sources: Sequence[Source]) -> list[Part]:
+    """The shards as :func:`~torchrl_mac.datasets.columns.write_columns` wants them."""
     return [Part(source.path.name, source.identity, source.rows) for source in sources]
 
 

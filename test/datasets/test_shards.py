@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import time
 
@@ -11,10 +10,13 @@ import pytest
 import torch
 from ogbench_files import make_arrays
 
-from torchrl_mac.data import OGBenchExperienceReplay, columns
-from torchrl_mac.data.files import sha256
-from torchrl_mac.data.sources import find_shards
-from torchrl_mac.data.verify import verify_conversion, verify_files
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.datasets import OGBenchName, columns, labels
+from torchrl_mac.datasets.sources import find_shards
+from torchrl_mac.datasets.verify import verify_conversion, verify_files
+from torchrl_mac.utils.files import sha256
+
+pytestmark = pytest.mark.usefixtures("processes")  # whose server starts beside the first tests
 
 NAME = "cube-single-play-v0"
 LENGTHS = [(23, 14), (31,), (12, 9, 17)]
@@ -82,6 +84,7 @@ def test_the_manifest(shards, tmp_path):
     np.testing.assert_allclose(statistics.std, val.std(0, dtype=np.float64), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_any_number_of_workers_makes_the_same_bytes(shards, tmp_path):
     for workers in (1, 3):
         OGBenchExperienceReplay(
@@ -179,15 +182,11 @@ def test_a_conversion_goes_on_at_the_shard_it_was_on(shards, tmp_path, monkeypat
     assert all_bytes(resumed.data_path) == all_bytes(clean.data_path)
 
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torchrl_mac.data"])
-
-
 def convert_slowly(root, source, ready):
     write = columns.ColumnWriter.write
 
     def write_slowly(writer, key, block):
-        time.sleep(0.02)
+        time.sleep(0.005)
         write(writer, key, block)
 
     columns.ColumnWriter.write = write_slowly
@@ -195,7 +194,7 @@ def convert_slowly(root, source, ready):
     OGBenchExperienceReplay(NAME, root=root, source=source, workers=1)
 
 
-def test_killed_at_any_moment(shards, tmp_path):
+def test_killed_at_any_moment(processes, shards, tmp_path):
     clean = OGBenchExperienceReplay(NAME, root=tmp_path / "clean", source=shards)
     root, rng = tmp_path / "root", np.random.default_rng(0)
     shutil.copytree(tmp_path / "clean" / NAME / "val", root / NAME / "val")
@@ -206,7 +205,7 @@ def test_killed_at_any_moment(shards, tmp_path):
         process = processes.Process(target=convert_slowly, args=(root, shards, ready))
         process.start()
         assert ready.wait(60)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.join()
         if (root / NAME / "train").exists():
@@ -256,15 +255,20 @@ def test_prefetching_follows_the_batch_size(shards, tmp_path):
         assert batch["index"].equal(plain.sample(size)["index"])
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_goal_representations_are_ogbenchs(shards, tmp_path):
     name = f"{NAME[:-3]}-oraclerep-v0"
     buffer = OGBenchExperienceReplay(name, 64, root=tmp_path / "root", source=shards, chunk_size=5)
     rows = buffer[:]
     file = shards / f"{NAME}-000.npz"
-    env, train, _ = ogbench.make_env_and_datasets(
-        name, dataset_path=str(file), compact_dataset=True, add_info=True
+    train, _ = ogbench.make_env_and_datasets(
+        name,
+        dataset_path=str(file),
+        compact_dataset=True,
+        add_info=True,
+        dataset_only=True,
+        cur_env=labels.LabelledEnv(OGBenchName.parse(name))._env,
     )
-    env.close()
     assert rows["oracle_rep"][:37].numpy().tolist() == train["oracle_reps"].tolist()
     batch = buffer.sample()
     assert batch["value_goal"].equal(rows["oracle_rep"][batch["index"][:, -2]])
@@ -306,6 +310,7 @@ def test_round_trip(shards, tmp_path):
     assert (other[:] == rows).all()
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_verify_finds_a_flipped_bit(shards, tmp_path):
     task = f"{NAME[:-3]}-singletask-task2-v0"
     buffer = OGBenchExperienceReplay(task, root=tmp_path / "root", source=shards)
@@ -346,6 +351,7 @@ def test_verify_compares_files_with_their_recipe(shards):
         verify_files(paths)
 
 
+@pytest.mark.usefixtures("shared_labels")
 def test_a_large_set_has_a_name_of_its_own(shards, tmp_path):
     name = "cube-single-play-100m-singletask-task2-v0"
     buffer = OGBenchExperienceReplay(

@@ -1,0 +1,1 @@
+"""General tools for files and processes; they know nothing of the rest of the package."""
