@@ -6,7 +6,6 @@ from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
-from torchrl_mac.data.states import buffer_state, load_buffer_state
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
