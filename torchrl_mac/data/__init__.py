@@ -5,10 +5,12 @@ from torchrl.data.datasets import register_dataset
 from torchrl_mac.data.download import download_dataset
 from torchrl_mac.data.generate import generate_dataset
 from torchrl_mac.data.goals import GoalDistribution
+from torchrl_mac.data.mixed import MixedReplayBuffer, StackedReplayBuffer
 from torchrl_mac.data.names import NUM_TASKS, OGBenchName
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.states import buffer_state, load_buffer_state
 from torchrl_mac.data.statistics import ObservationStatistics
 from torchrl_mac.data.storage import ActionChunkStorage
 
@@ -18,11 +20,15 @@ __all__ = [
     "ActionChunkSampler",
     "ActionChunkStorage",
     "GoalDistribution",
+    "MixedReplayBuffer",
     "OGBenchExperienceReplay",
     "OGBenchName",
     "ObservationStatistics",
+    "StackedReplayBuffer",
+    "buffer_state",
     "download_dataset",
     "generate_dataset",
+    "load_buffer_state",
 ]
 
 # load_dataset("ogbench:cube-single-play-v0"); replace makes a second import harmless

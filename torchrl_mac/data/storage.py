@@ -297,8 +297,10 @@ class ActionChunkStorage(LazyTensorStorage):
         start, end = index[:, 0].contiguous(), index[:, chunk_size].contiguous()
         goals = dict(zip(self.goal_keys, index[:, chunk_size + 1 :].unbind(1), strict=True))
         goal = goals.get(self.reward_goal)
-        chunks = TensorDict(batch_size=start.shape, device=self._storage.device)
-        following = TensorDict(batch_size=start.shape, device=self._storage.device)
+        # an ensemble stacks batches of several storages, which must all have a device
+        device = self._storage.device if self.flat_chunk_size is None else self.device
+        chunks = TensorDict(batch_size=start.shape, device=device)
+        following = TensorDict(batch_size=start.shape, device=device)
         if self.n_steps is None:
             action = _windows(self._column(self.action_key), start, chunk_size)
             last = self._last(end)
