@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictReplayBuffer
@@ -48,6 +48,8 @@ def make_chunks(h=3, goals=None, **kwargs):
     )
 
 
+@settings(max_examples=300)
+@example(weights=[3, 19], size=55)
 @given(
     weights=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
     size=st.integers(0, 500),

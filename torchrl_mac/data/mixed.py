@@ -137,9 +137,10 @@ class MixedReplayBuffer(_BufferGroup):
     def sizes(self, batch_size: int | None = None) -> dict[str, int]:
         """How many rows of a batch are of which buffer."""
         size = self._size(batch_size)
-        exact = {name: round(share * size, 9) for name, share in self._shares.items()}
+        exact = {name: share * size for name, share in self._shares.items()}
         sizes = {name: math.floor(part) for name, part in exact.items()}
-        by_loss = sorted(exact, key=lambda name: sizes[name] - exact[name])  # stable
+        # rounded: among equals the first one comes first, whatever the last digits of floats
+        by_loss = sorted(exact, key=lambda name: round(sizes[name] - exact[name], 9))
         for name in by_loss[: size - sum(sizes.values())]:
             sizes[name] += 1
         return sizes
