@@ -3,9 +3,11 @@
 from torchrl.data.datasets import register_dataset
 
 from torchrl_mac.data.goals import GoalDistribution
+from torchrl_mac.data.mixed import MixedReplayBuffer, StackedReplayBuffer
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
+from torchrl_mac.data.states import buffer_state, load_buffer_state
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
@@ -13,7 +15,11 @@ __all__ = [
     "ActionChunkSampler",
     "ActionChunkStorage",
     "GoalDistribution",
+    "MixedReplayBuffer",
     "OGBenchExperienceReplay",
+    "StackedReplayBuffer",
+    "buffer_state",
+    "load_buffer_state",
 ]
 
 # load_dataset("ogbench:cube-single-play-v0"); replace makes a second import harmless

@@ -74,11 +74,18 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             ``"value_goal"``.
         negative_reward (bool, optional): whether rewards for goals are -1 and 0, or else 0 and 1.
             Defaults to ``True``.
+        n_steps (int, optional): the most steps from a state to the next one; see
+            :class:`~torchrl_mac.data.ActionChunkStorage`. Default: those of the chunk.
+        truncation_is_success (bool, optional): see there as well. Defaults to ``False``.
+        flat_index (bool, optional): whether the index of a batch is ``[B]``, for a
+            :class:`~torchrl.data.ReplayBufferEnsemble`; see
+            :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
         device (torch.device or str, optional): ``"cpu"`` (default) samples from the memory map;
             any other device holds the whole dataset in its memory and samples there.
         workers (int, optional): files converted at a time. Default: the number of CPU cores.
         sampler (Sampler, optional): defaults to an
-            :class:`~torchrl_mac.data.ActionChunkSampler` of ``chunk_size`` and ``goals``.
+            :class:`~torchrl_mac.data.ActionChunkSampler` of ``chunk_size``, ``n_steps`` and
+            ``goals``. One that is given decides what they are.
         writer (Writer, optional): defaults to :class:`~torchrl.data.ImmutableDatasetWriter`.
         collate_fn (callable, optional): see :class:`~torchrl.data.ReplayBuffer`, like the
             following.
@@ -126,6 +133,9 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         ignore_terminated: bool = False,
         goals: Mapping[NestedKey, GoalDistribution] | None = None,
         negative_reward: bool = True,
+        n_steps: int | None = None,
+        truncation_is_success: bool = False,
+        flat_index: bool = False,
         device: torch.device | str = "cpu",
         workers: int | None = None,
         sampler: Sampler | None = None,
@@ -143,21 +153,27 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         dataset = self.dataset = dataset_id
         self.root = dataset.root
         rows = dataset.load()
+        if sampler is None:
+            sampler = ActionChunkSampler(
+                chunk_size, n_steps=n_steps, goals=goals, flat_index=flat_index
+            )
         storage = _DatasetStorage(
             rows if torch.device(device).type == "cpu" else rows.to(device),
             gamma=gamma,
             ignore_terminated=ignore_terminated,
             observation_keys=dataset.observation_keys,
-            goal_keys=list(getattr(sampler, "goals", ()) if sampler is not None else goals or ()),
+            **getattr(sampler, "layout", {}),
             goal_source=dataset.goal_source,
             negative_reward=negative_reward,
+            truncation_is_success=truncation_is_success,
+            rows_in_state=False,
             episode_ends=dataset.episode_ends,
             device=device,
         )
         super().__init__(
             batch_size=batch_size,
             storage=storage,
-            sampler=ActionChunkSampler(chunk_size, goals=goals) if sampler is None else sampler,
+            sampler=sampler,
             writer=ImmutableDatasetWriter() if writer is None else writer,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
@@ -280,16 +296,6 @@ class _DatasetStorage(ActionChunkStorage):
 
     def set(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(ImmutableDatasetWriter.WRITING_ERR)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": len(self)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["rows"] != len(self):
-            raise ValueError(
-                f"The checkpoint is of a dataset of {state_dict['rows']} rows, this one has "
-                f"{len(self)}."
-            )
 
     def dumps(self, path: str | Path) -> None:
         pass

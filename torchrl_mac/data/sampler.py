@@ -14,8 +14,8 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_mac.data.goals import GoalDistribution
-from torchrl_mac.data.segments import Segments
-from torchrl_mac.data.storage import ActionChunkStorage
+from torchrl_mac.data.storage import ActionChunkStorage, Segments
+from torchrl_mac.data.windows import window_lines
 from torchrl_mac.utils.files import write_json
 
 __all__ = ["ActionChunkSampler"]
@@ -33,6 +33,11 @@ class ActionChunkSampler(Sampler):
     is one more column for each of them, the row number of a state. Drawing takes O(B log E) time
     and O(E) memory for E episodes, whatever the number of rows.
 
+    With ``n_steps`` the next state is at most so many rows later, whatever the number of actions,
+    and less where the episode ends before: every row is a start that has a successor in its
+    episode. The columns are then the rows of the ``h`` actions, of which the last one that has a
+    successor repeats, and the row of the next state. The storage must have the same ``n_steps``.
+
     What is drawn is a function of the seed and of the number of batches drawn before, both of
     which are in the sampler's state: a restored sampler goes on exactly where the saved one was.
 
@@ -40,14 +45,21 @@ class ActionChunkSampler(Sampler):
         chunk_size (int, optional): the number of actions ``h`` in a chunk. Defaults to 1.
 
     Keyword Args:
+        n_steps (int, optional): the most steps from a state to the next one, independent of
+            ``chunk_size``. Default: the chunk's, all of them within the episode.
         goals (dict of NestedKey to GoalDistribution, optional): the goals to draw, by the entries
             that they become in a batch, such as ``"value_goal"``; the storage's ``goal_keys``.
         seed (int, optional): the seed. Default: drawn from the ``generator`` of the replay
             buffer, else from PyTorch's default one, with the first batch.
+        flat_index (bool, optional): if ``True``, the index is ``[B]``, the starts alone, as
+            :class:`~torchrl.data.ReplayBufferEnsemble` needs it; then the storage's
+            ``flat_chunk_size`` must be ``chunk_size``, and there cannot be goals. The starts are
+            the same. Defaults to ``False``.
 
     Raises:
-        ValueError: if ``chunk_size`` is smaller than 1 or, when sampling, if no episode is
-            longer than it or the storage makes other goals.
+        ValueError: if ``chunk_size`` or ``n_steps`` is smaller than 1, if ``flat_index`` is to
+            hold goals or, when sampling, if no episode is long enough or the storage is made for
+            other goals, steps or indices.
         TypeError: when sampling from a storage that has no ``episode_ends``.
 
     Examples:
@@ -61,20 +73,39 @@ class ActionChunkSampler(Sampler):
         tensor([[0, 1, 2],
                 [1, 2, 3],
                 [4, 5, 6]])
+        >>> sampler = ActionChunkSampler(2, n_steps=3, seed=0)  # s_t, two actions, s_{t+3}
+        >>> index, _ = sampler.sample(ActionChunkStorage(rows, **sampler.layout), batch_size=500)
+        >>> index.unique(dim=0)
+        tensor([[0, 1, 3],
+                [1, 2, 3],
+                [2, 2, 3],
+                [4, 5, 6],
+                [5, 5, 6]])
     """
 
     def __init__(
         self,
         chunk_size: int = 1,
         *,
+        n_steps: int | None = None,
         goals: Mapping[NestedKey, GoalDistribution] | None = None,
         seed: int | None = None,
+        flat_index: bool = False,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        if n_steps is not None and n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
+        if flat_index and goals:
+            raise ValueError(
+                "flat_index=True leaves no room for goals; combine buffers that have some in a "
+                "MixedReplayBuffer."
+            )
         self.chunk_size = chunk_size
+        self.n_steps = n_steps
         self.goals = {unravel_key(key): goal for key, goal in (goals or {}).items()}
         self.seed = seed
+        self.flat_index = flat_index
         self.step = 0
         self._cache: dict[int, tuple[Any, ...]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -87,7 +118,8 @@ class ActionChunkSampler(Sampler):
             batch_size (int): the number of windows ``B``.
 
         Returns:
-            the row numbers, ``[B, chunk_size + 1 + len(goals)]`` int64, and an empty dictionary.
+            the row numbers, ``[B, chunk_size + 1 + len(goals)]`` int64 or, with ``flat_index``,
+            ``[B]``; and an empty dictionary.
         """
         if self.seed is None:
             self.seed = int(torch.randint(2**62, (), generator=self._rng))
@@ -102,24 +134,28 @@ class ActionChunkSampler(Sampler):
 
         Works on the device alone, so that it can be captured in a CUDA graph once it was called.
         """
-        total, episodes, offset, last = self._starts(storage, self.chunk_size)
-        if list(self.goals) != storage.goal_keys:
-            raise ValueError(
-                f"The sampler draws the goals {list(self.goals)}, the storage makes "
-                f"{storage.goal_keys}; give both the same, in the same order."
-            )
+        total, episodes, offset, last = self._starts(storage, self._span)
+        self._check(storage)
         if total == 0:
+            span, hint = f"chunk_size={self.chunk_size}", "; choose a smaller chunk_size"
+            if self.n_steps is not None:
+                span, hint = "one row", ""
             raise ValueError(
-                f"No episode is longer than chunk_size={self.chunk_size} ({len(last)} "
-                f"episodes in {len(storage)} rows); choose a smaller chunk_size."
+                f"No episode is longer than {span} ({len(last)} episodes in {len(storage)} "
+                f"rows){hint}."
             )
         device = generator.device
         rank = torch.randint(total, (batch_size,), generator=generator, device=device)
         episode = episodes.find(rank)
         start = rank + offset[episode]
+        if self.flat_index:
+            return start
         size = self.chunk_size + 1
         index = start.new_empty(batch_size, size + len(self.goals))
-        torch.add(start.unsqueeze(-1), torch.arange(size, device=device), out=index[:, :size])
+        if self.n_steps is None:
+            torch.add(start.unsqueeze(-1), torch.arange(size, device=device), out=index[:, :size])
+        else:
+            index[:, :size] = window_lines(start, last[episode], self.chunk_size, self.n_steps)
         if not self.goals:
             return index
         last = last[episode]
@@ -134,7 +170,38 @@ class ActionChunkSampler(Sampler):
 
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""
-        return self._starts(storage, self.chunk_size)[0]
+        return self._starts(storage, self._span)[0]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the index is made of: the arguments that a storage needs to understand it."""
+        return {
+            "goal_keys": list(self.goals),
+            "n_steps": self.n_steps,
+            "flat_chunk_size": self.chunk_size if self.flat_index else None,
+        }
+
+    @property
+    def _span(self) -> int:
+        """How many rows of the episode must follow a start."""
+        return self.chunk_size if self.n_steps is None else 1
+
+    def _check(self, storage: ActionChunkStorage) -> None:
+        if list(self.goals) != storage.goal_keys:
+            raise ValueError(
+                f"The sampler draws the goals {list(self.goals)}, the storage makes "
+                f"{storage.goal_keys}; give both the same, in the same order."
+            )
+        if self.n_steps != storage.n_steps:
+            raise ValueError(
+                f"The sampler has n_steps={self.n_steps}, the storage n_steps={storage.n_steps}; "
+                "give both the same."
+            )
+        if storage.flat_chunk_size != (self.chunk_size if self.flat_index else None):
+            raise ValueError(
+                f"The sampler has flat_index={self.flat_index} and chunk_size={self.chunk_size}, "
+                f"the storage flat_chunk_size={storage.flat_chunk_size}; give both the same."
+            )
 
     def _sampleable_count(self, storage: ActionChunkStorage, batch_size: int) -> int:
         return self.num_starts(storage)
@@ -189,7 +256,8 @@ class ActionChunkSampler(Sampler):
         return {**super().__getstate__(), "_cache": {}, "_generators": {}}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(chunk_size={self.chunk_size})"
+        n_steps = "" if self.n_steps is None else f", n_steps={self.n_steps}"
+        return f"{type(self).__name__}(chunk_size={self.chunk_size}{n_steps})"
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,19 +10,28 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torchrl.data import TensorStorage
+from torchrl.data import LazyTensorStorage, TensorStorage
 
-from torchrl_mac.data.segments import Segments
+from torchrl_mac.data.windows import (
+    Window,
+    expand_as_rows,
+    goal_window,
+    task_window,
+    window_lines,
+    window_rows,
+)
 
-__all__ = ["ActionChunkStorage"]
+__all__ = ["ActionChunkStorage", "Segments"]
 
 
-class ActionChunkStorage(TensorStorage):
+class ActionChunkStorage(LazyTensorStorage):
     r"""One row per stored state; a 2-D index reads chunks of consecutive actions.
 
     Rows are in time order, the rows of an episode are contiguous, and the next state of a row
-    is the row after it, so next observations are not stored. Indexed with an integer, a slice
-    or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`. Indexed with
+    is the row after it, so next observations are not stored: an episode of T steps has T + 1
+    rows, and the action, reward and ends of its last row mean nothing. Indexed with an integer, a
+    slice or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`, full from the start with
+    ``rows`` or growing up to ``max_size``, then a ring, as a replay buffer writes it. Indexed with
     ``[B, h + 1]`` row numbers, each line a window :math:`t, t + 1, \dots, t + h` inside an
     episode, as :class:`~torchrl_mac.data.ActionChunkSampler` draws them, it returns a batch
     ``[B]`` of transitions that span ``h`` actions:
@@ -45,10 +55,34 @@ class ActionChunkStorage(TensorStorage):
     terminates with reward 0 if one of the rows t to t+h-1 *is* the goal's, and has reward -1
     otherwise (1 and 0 with ``negative_reward=False``).
 
+    With ``n_steps`` the next state is not the chunk's. It is :math:`s_{t+k}`, of which the
+    column after the actions' holds the row number: :math:`k = n` steps later or, where the
+    episode has fewer left, its last row; no row with a successor is wasted. A termination on the
+    way, if it is not ignored, is where the window ends and k counts. Rewards and ends are of the
+    k steps, and there are two more entries:
+
+    ===========================  ============  ===============================================
+    ``"steps_to_next_obs"``      ``[B, 1]``    k, int64, by which TorchRL's value estimators
+                                               discount: give them the gamma of one step.
+                                               IQLLoss and REDQLoss do not pass it on to them
+    ``"valid"``                  ``[B, h, 1]`` whether the actions have a successor in their
+                                               episode and come before its termination; those
+                                               that are not are 0. ``[B, 1]`` if h=1
+    ===========================  ============  ===============================================
+
+    With a goal under ``reward_goal`` such a window ends with the last row but one of the episode,
+    the last that can be a goal (:class:`~torchrl_mac.data.GoalDistribution`), as in OGBench's
+    hierarchical agents, and at the goal if that is nearer. It terminates if the goal is reached in
+    fewer than n steps, from 0 on; its reward is :math:`-\sum_{i<k} \gamma^i`, or with
+    ``negative_reward=False`` :math:`\gamma^k` for success and else 0. From the last row but one
+    k = 0: without success its target is its own value.
+
     Args:
-        rows (TensorDictBase): the rows, of batch size ``[N]``.
+        rows (TensorDictBase, optional): the rows, of batch size ``[N]``. Default: none yet, to be
+            written.
 
     Keyword Args:
+        max_size (int, optional): the most rows, without ``rows``.
         gamma (float, optional): discount per environment step inside a chunk. Defaults to 1.
         ignore_terminated (bool, optional): if ``True``, chunks are never marked as terminated,
             so losses bootstrap through terminal states. Defaults to ``False``.
@@ -67,14 +101,26 @@ class ActionChunkStorage(TensorStorage):
             ``"value_goal"``.
         negative_reward (bool, optional): whether a chunk's reward for its goal is -1 or 0, or
             else 0 or 1. Defaults to ``True``.
+        n_steps (int, optional): the most steps from a state to the next one, as the sampler's.
+            Default: those of the chunk.
+        truncation_is_success (bool, optional): with ``n_steps`` and goals, whether windows that
+            the end of the episode cuts short succeed as well, as in OGBench's agents (by
+            mistake). Defaults to ``False``.
+        flat_chunk_size (int, optional): if given, a 1-D tensor is an index of the starts of
+            chunks of so many actions, as of samplers with ``flat_index``. Default: of rows.
+        rows_in_state (bool, optional): whether a checkpoint must hold the rows. If ``False``, as
+            for a dataset that is on disk, it holds their number. Defaults to ``True``.
         episode_ends (Tensor, optional): the row number of the last row of each episode, ``[E]``
             int64. Default: found in the rows, which are all read for it.
         device (torch.device, optional): see :class:`~torchrl.data.TensorStorage`.
 
     Raises:
         KeyError: at the first chunk, if the rows lack one of the keys.
+        ValueError: if neither or both of ``rows`` and ``max_size`` are given, or ``n_steps`` is
+            smaller than 1.
 
-    .. note:: Of a window only the first row number and the length are read: the others follow.
+    .. note:: Of a window only the first row number, that of the next state and the number of
+        actions are read: the others follow.
 
     Examples:
         >>> import torch
@@ -99,12 +145,34 @@ class ActionChunkStorage(TensorStorage):
         ... )
         >>> buffer.sample()["action"].shape
         torch.Size([32, 3, 2])
+
+        Windows of at most two steps, the second of which ends with the episode:
+
+        >>> sampler = ActionChunkSampler(3, n_steps=2)
+        >>> storage = ActionChunkStorage(rows, gamma=0.5, **sampler.layout)
+        >>> chunk = storage[torch.tensor([[2, 3, 4, 4], [4, 4, 4, 5]])]
+        >>> chunk["steps_to_next_obs"].flatten(), chunk["next", "observation"].flatten()
+        (tensor([2, 1]), tensor([4., 5.]))
+        >>> chunk["next", "reward"].flatten(), chunk["valid"].squeeze(-1)
+        (tensor([1.5000, 1.0000]), tensor([[ True,  True,  True],
+                [ True, False, False]]))
+
+        A ring that is written step by step:
+
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=ActionChunkStorage(max_size=8), sampler=ActionChunkSampler(3), batch_size=4
+        ... )
+        >>> for row in rows:
+        ...     _ = buffer.add(row)
+        >>> len(buffer), buffer.sample()["action"].shape
+        (8, torch.Size([4, 3, 2]))
     """
 
     def __init__(
         self,
-        rows: TensorDictBase,
+        rows: TensorDictBase | None = None,
         *,
+        max_size: int | None = None,
         gamma: float = 1.0,
         ignore_terminated: bool = False,
         observation_keys: Sequence[NestedKey] = ("observation",),
@@ -115,10 +183,21 @@ class ActionChunkStorage(TensorStorage):
         goal_source: NestedKey = "observation",
         reward_goal: NestedKey = "value_goal",
         negative_reward: bool = True,
+        n_steps: int | None = None,
+        truncation_is_success: bool = False,
+        flat_chunk_size: int | None = None,
+        rows_in_state: bool = True,
         episode_ends: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(rows, device=device)
+        if (rows is None) == (max_size is None):
+            raise ValueError("Give either rows or, to write them later, max_size.")
+        if n_steps is not None and n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
+        size = len(rows) if rows is not None else max_size
+        super().__init__(cast("int", size), device=device)
+        if rows is not None:
+            TensorStorage.__init__(self, rows, device=device)
         self.gamma = gamma
         self.ignore_terminated = ignore_terminated
         self.observation_keys = [unravel_key(key) for key in observation_keys]
@@ -129,15 +208,36 @@ class ActionChunkStorage(TensorStorage):
         self.goal_source = unravel_key(goal_source)
         self.reward_goal = unravel_key(reward_goal)
         self.negative_reward = negative_reward
+        self.n_steps = n_steps
+        self.truncation_is_success = truncation_is_success
+        self.flat_chunk_size = flat_chunk_size
+        self.rows_in_state = rows_in_state
         self._episodes: tuple[tuple[int, int], Tensor, Segments] | None = None
         if episode_ends is not None:
             self._set_episodes(episode_ends.to(self.device))
 
     def get(self, index: Any) -> Any:
-        """Rows, or chunks of them if ``index`` has two dimensions."""
-        if getattr(index, "ndim", 0) == 2:
+        """Rows, or chunks of them if ``index`` has two dimensions or the storage is flat."""
+        ndim = getattr(index, "ndim", 0)
+        if ndim == 2:
             return self._get_chunks(torch.as_tensor(index, device=self.device))
+        if ndim == 1 and self.flat_chunk_size is not None:
+            return self._get_chunks(self._lines(torch.as_tensor(index, device=self.device)))
         return super().get(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows or, if they do not belong in a checkpoint, their number."""
+        return super().state_dict() if self.rows_in_state else {"rows": len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, or compares the number of rows."""
+        if self.rows_in_state:
+            super().load_state_dict(state_dict)
+        elif state_dict["rows"] != len(self):
+            raise ValueError(
+                f"The checkpoint is of a dataset of {state_dict['rows']} rows, this one has "
+                f"{len(self)}."
+            )
 
     @property
     def version(self) -> tuple[int, int]:
@@ -148,6 +248,9 @@ class ActionChunkStorage(TensorStorage):
     def episode_ends(self) -> Tensor:
         """The row number of the last row of each episode, ``[E]`` int64, in order."""
         if self._episodes is None or self._episodes[0] != self.version:
+            if len(self) == 0:
+                self._set_episodes(torch.zeros(0, dtype=torch.int64, device=self.device))
+                return self.episode_ends
             episode = self._column(self.traj_key).flatten()[: len(self)]
             is_end = torch.ones_like(episode, dtype=torch.bool)
             torch.ne(episode[1:], episode[:-1], out=is_end[:-1])
@@ -160,10 +263,18 @@ class ActionChunkStorage(TensorStorage):
     def _set_episodes(self, ends: Tensor) -> None:
         self._episodes = self.version, ends, Segments(ends + 1)
 
-    def _is_last(self, row: Tensor) -> Tensor:
+    def _last(self, row: Tensor) -> Tensor:
+        """The last rows of the rows' episodes."""
         ends = self.episode_ends
         episodes = cast("tuple[Any, Tensor, Segments]", self._episodes)[2]
-        return ends[episodes.find(row)] == row
+        return ends[episodes.find(row)]
+
+    def _lines(self, start: Tensor) -> Tensor:
+        """The lines of an index that has the starts alone."""
+        chunk_size = cast("int", self.flat_chunk_size)
+        if self.n_steps is not None:
+            return window_lines(start, self._last(start), chunk_size, self.n_steps)
+        return start.unsqueeze(-1) + torch.arange(chunk_size + 1, device=start.device)
 
     def _column(self, key: NestedKey) -> Tensor:
         column = self._storage.get(key, None)
@@ -183,35 +294,81 @@ class ActionChunkStorage(TensorStorage):
                 "A window of one row holds no action: index [B, h + 1] with h >= 1, and one column "
                 f"for each of the goals {self.goal_keys}."
             )
-        window = index[:, : chunk_size + 1]
+        start, end = index[:, 0].contiguous(), index[:, chunk_size].contiguous()
         goals = dict(zip(self.goal_keys, index[:, chunk_size + 1 :].unbind(1), strict=True))
-        start, end = window[:, 0].contiguous(), window[:, -1].contiguous()
-        chunks = TensorDict(batch_size=start.shape, device=self._storage.device)
-        following = TensorDict(batch_size=start.shape, device=self._storage.device)
+        goal = goals.get(self.reward_goal)
+        # an ensemble stacks batches of several storages, which must all have a device
+        device = self._storage.device if self.flat_chunk_size is None else self.device
+        chunks = TensorDict(batch_size=start.shape, device=device)
+        following = TensorDict(batch_size=start.shape, device=device)
+        if self.n_steps is None:
+            action = _windows(self._column(self.action_key), start, chunk_size)
+            last = self._last(end)
+            if goal is None:
+                reward, terminated = self._labels(start, chunk_size)
+            else:
+                terminated = ((start <= goal) & (goal < end)).unsqueeze(-1)
+                reward = terminated.to(torch.float32) - float(self.negative_reward)
+        else:
+            last = self._last(start)
+            window = self._window(start, end, last, goal, chunk_size, self.n_steps)
+            reward, terminated = window.reward, window.terminated
+            end = start + window.steps
+            chunks.set("steps_to_next_obs", window.steps.unsqueeze(-1))
+            row = window_rows(start, last, chunk_size)
+            action = self._column(self.action_key).index_select(0, row.flatten())
+            action = action.unflatten(0, row.shape)
+            action.masked_fill_(~expand_as_rows(window.valid, action), 0)
+            valid = window.valid.unsqueeze(-1)
+            chunks.set("valid", valid.squeeze(1) if chunk_size == 1 else valid)
+        chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
         for key in self.observation_keys:
             column = self._column(key)
             chunks.set(key, column.index_select(0, start))
             following.set(key, column.index_select(0, end))
-        action = _windows(self._column(self.action_key), start, chunk_size)
-        chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
         for key, row in goals.items():
             chunks.set(key, self._column(self.goal_source).index_select(0, row))
-
-        goal = goals.get(self.reward_goal)
-        if goal is None:
-            reward, terminated = self._labels(start, chunk_size)
-        else:
-            terminated = ((start <= goal) & (goal < end)).unsqueeze(-1)
-            reward = terminated.to(torch.float32) - float(self.negative_reward)
         if reward is not None:
             following.set(self.reward_key, reward)
-        last = self._is_last(end).unsqueeze(-1)
+        is_last = (last == end).unsqueeze(-1)
         if terminated is None or self.ignore_terminated:
-            terminated = torch.zeros_like(last)
+            terminated = torch.zeros_like(is_last)
         following.set("terminated", terminated)
-        following.set("truncated", last & ~terminated)
-        following.set("done", last | terminated)
+        following.set("truncated", is_last & ~terminated)
+        following.set("done", is_last | terminated)
         return chunks.set("next", following)
+
+    def _window(
+        self,
+        start: Tensor,
+        end: Tensor,
+        last: Tensor,
+        goal: Tensor | None,
+        chunk_size: int,
+        n_steps: int,
+    ) -> Window:
+        """Windows of at most n steps, cut where the task or the way to the goal ends."""
+        windows = functools.partial(
+            task_window if goal is None else goal_window,
+            start,
+            end,
+            last,
+            chunk_size=chunk_size,
+            n_steps=n_steps,
+            gamma=self.gamma,
+        )
+        if goal is not None:
+            return windows(
+                goal=goal,
+                negative_reward=self.negative_reward,
+                truncation_is_success=self.truncation_is_success,
+            )
+        reward, terminated = unravel_key(("next", self.reward_key)), ("next", "terminated")
+        ends = not self.ignore_terminated and self._has(terminated)
+        return windows(
+            reward=self._column(reward) if self._has(reward) else None,
+            terminated=self._column(terminated) if ends else None,
+        )
 
     def _labels(self, start: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | None]:
         """The chunks' discounted rewards and whether they terminate, where the rows tell."""
@@ -233,3 +390,32 @@ def _windows(column: Tensor, start: Tensor, length: int) -> Tensor:
     """
     view = column.unfold(0, length, 1).movedim(-1, 1)
     return view.index_select(0, start)
+
+
+class Segments:
+    """Numbers from 0 on, divided into consecutive segments.
+
+    Where all segments have one length, as OGBench's episodes do, one is found by division, five
+    times faster than by search.
+
+    Args:
+        ends (Tensor): where each segment ends and the next one begins, ``[E]`` int64.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.data.storage import Segments
+        >>> Segments(torch.tensor([3, 3, 7])).find(torch.tensor([0, 2, 3, 6]))
+        tensor([0, 0, 2, 2])
+    """
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        equal = len(ends) > 0 and bool((lengths == lengths[0]).all() & (lengths[0] > 0))
+        self._length = int(lengths[0]) if equal else None
+
+    def find(self, number: Tensor) -> Tensor:
+        """The segment of each number, which must be smaller than the last end."""
+        if self._length is not None:
+            return number.div(self._length, rounding_mode="floor")
+        return torch.searchsorted(self.ends, number, right=True)
