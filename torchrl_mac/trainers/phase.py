@@ -226,7 +226,8 @@ class PhaseTraining(contextlib.AbstractContextManager):
         for name, parameter in self.parameters.items():
             if name in moments:
                 self.update.optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in moments[name].items()
+                    key: value.to(parameter.device, copy=True)
+                    for key, value in moments[name].items()
                 }
 
     def state_dict(self) -> dict[str, Any]:
