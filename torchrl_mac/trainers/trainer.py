@@ -29,6 +29,7 @@ from torchrl_mac.trainers.postmortem import give_up
 from torchrl_mac.trainers.progress import Progress
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
 from torchrl_mac.trainers.signals import StopSignals
+from torchrl_mac.trainers.update import listed
 
 __all__ = ["PhaseTrainer"]
 
@@ -131,8 +132,7 @@ class PhaseTrainer:
         self.losses = dict(losses)
         self.buffer = buffer
         self.progress = Progress(phases, first_update=first_update)
-        single = isinstance(target_updaters, TargetNetUpdater)
-        self.target_updaters = [target_updaters] if single else list(target_updaters)
+        self.target_updaters = listed(target_updaters)
         self.hooks = dict(hooks or {})
         self.validation_buffer = validation_buffer
         self.monitor = Monitor(evaluate, monitor, self._log_evaluation)
@@ -261,6 +261,7 @@ class PhaseTrainer:
         values = []
         with torch.no_grad(), torch.random.fork_rng():  # training's own numbers stay as they are
             for _ in range(settings.num_batches):
+                assert self.validation_buffer is not None  # checked when the phases were
                 validation = self.validation_buffer.sample(training.phase.batch_size)
                 terms, metrics = training.update.compute(validation)
                 value = sum(terms) if settings.metric is None else metrics[settings.metric]
