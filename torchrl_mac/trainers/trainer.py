@@ -24,7 +24,7 @@ from torchrl_mac.trainers.evaluation import Evaluation
 from torchrl_mac.trainers.hooks import TrainerHook
 from torchrl_mac.trainers.logs import rewind
 from torchrl_mac.trainers.monitor import Monitor
-from torchrl_mac.trainers.phase import Phase, PhaseTraining, terms_of
+from torchrl_mac.trainers.phase import Phase, PhaseTraining, check_phase
 from torchrl_mac.trainers.postmortem import give_up
 from torchrl_mac.trainers.progress import Progress
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
@@ -77,7 +77,7 @@ class PhaseTrainer:
             and ``distributed`` of :class:`~torchrl_mac.trainers.LossUpdate`.
 
     Raises:
-        ValueError: if a phase names a term that no loss has, or that several have.
+        ValueError: if a phase names something that does not exist, or a term that several have.
         NonFiniteError: when training, if it cannot go on; says what is not finite.
 
     Examples:
@@ -147,7 +147,7 @@ class PhaseTrainer:
         self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
         self._evaluation_due = False
         for phase in self.progress.phases:
-            terms_of(phase, self.losses)
+            check_phase(phase, self.losses)
             if phase.early_stopping is not None and validation_buffer is None:
                 raise ValueError(f"Phase {phase.name!r}: early_stopping needs a validation_buffer.")
 
