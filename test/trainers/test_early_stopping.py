@@ -41,7 +41,7 @@ def test_the_phase_ends_with_its_best_parameters(monkeypatch):
     values = iter([5.0, 3.0, 4.0, 2.0, 9.0, 2.0])  # best at the fourth validation
     look = Validations()
     trainer = make_trainer(phases(), validation_buffer=make_buffer(), hooks={"look": look})
-    monkeypatch.setattr("torchrl_mac.trainers.trainer.fmean", lambda found: next(values))
+    monkeypatch.setattr("torchrl_mac.trainers.phase.fmean", lambda found: next(values))
     result = trainer.train()
     assert result["updates"] == 18 + 4
     updates, end = look.end
@@ -66,7 +66,7 @@ def test_validation_leaves_training_alone(monkeypatch):
         means.append(values)
         return -float(len(means))  # ever better: the last parameters are the best
 
-    monkeypatch.setattr("torchrl_mac.trainers.trainer.fmean", mean)
+    monkeypatch.setattr("torchrl_mac.trainers.phase.fmean", mean)
     plain = run()
     assert sizes == [8]  # the last row of the logs
     stopping = run(early_stopping={"interval": 2, "patience": 1, "num_batches": 3})

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -234,6 +235,21 @@ class PhaseTraining(contextlib.AbstractContextManager):
         metrics = self.update(batch)
         self.schedule.step()
         return metrics
+
+    def stops(self, updates: int, validation_buffer: Any) -> bool:
+        """Validates, if it is time after ``updates`` of them; whether the phase stops early."""
+        settings, stopping = self.phase.early_stopping, self.stopping
+        if settings is None or stopping is None or updates % settings.interval:
+            return False
+        values = []
+        devices = {p.device for p in self.parameters.values() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):  # training's own numbers stay
+            for _ in range(settings.num_batches):
+                batch = validation_buffer.sample(self.phase.batch_size)
+                terms, metrics = self.update.compute(batch)
+                value = sum(terms) if settings.metric is None else metrics[settings.metric]
+                values.append(float(value))
+        return stopping.note(fmean(values), self.parameters)
 
     def moments(self) -> dict[str, dict[str, Any]]:
         """Adam's state of each parameter that has one, by name."""
