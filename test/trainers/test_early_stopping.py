@@ -24,23 +24,24 @@ class Validations(TrainerHook):
     """The dynamics' parameters at each validation, and at the phase's end."""
 
     def __init__(self):
-        self.seen, self.end = [], None
+        self.trainer, self.seen, self.end = None, [], None
 
-    def of(self, trainer):
-        return {k: v for k, v in parameters(trainer).items() if "dynamics" in k}
+    def now(self):
+        return {k: v for k, v in parameters(self.trainer).items() if "dynamics" in k}
 
-    def after_update(self, trainer, batch, metrics):
-        if trainer.progress.phase.name == "model" and trainer.progress.phase_updates % 3 == 0:
-            self.seen.append(self.of(trainer))
+    def after_update(self, progress, batch, metrics):
+        if progress.phase.name == "model" and progress.phase_updates % 3 == 0:
+            self.seen.append(self.now())
 
-    def end_phase(self, trainer):
-        self.end = self.end or (trainer.progress.phase_updates, self.of(trainer))
+    def end_phase(self, progress):
+        self.end = self.end or (progress.phase_updates, self.now())
 
 
 def test_the_phase_ends_with_its_best_parameters(monkeypatch):
     values = iter([5.0, 3.0, 4.0, 2.0, 9.0, 2.0])  # best at the fourth validation
     look = Validations()
     trainer = make_trainer(phases(), validation_buffer=make_buffer(), hooks={"look": look})
+    look.trainer = trainer
     monkeypatch.setattr("torchrl_mac.trainers.phase.fmean", lambda found: next(values))
     result = trainer.train()
     assert result["updates"] == 18 + 4

@@ -47,10 +47,10 @@ class Count(TrainerHook):
     def __init__(self):
         self.seen = self.phases = 0
 
-    def after_update(self, trainer, batch, metrics):
-        self.seen += len(batch) * trainer.progress.updates
+    def after_update(self, progress, batch, metrics):
+        self.seen += len(batch) * progress.updates
 
-    def end_phase(self, trainer):
+    def end_phase(self, progress):
         self.phases += 1
 
     def state_dict(self):
@@ -185,9 +185,9 @@ def test_targets_follow_and_learning_rates_are_each_modules_own(tmp_path):
     groups = {}
 
     class Look(TrainerHook):
-        def before_update(self, trainer):
+        def before_update(self, progress):
             optimizer = trainer._training.update.optimizer
-            groups[trainer.progress.phase.name] = [
+            groups[progress.phase.name] = [
                 (len(group["params"]), group["lr"], tuple(group["betas"]))
                 for group in optimizer.param_groups
             ]
@@ -238,11 +238,11 @@ def test_moments_are_kept_when_asked(tmp_path):
         seen = {}
 
         class Look(TrainerHook):
-            def end_phase(self, trainer):
+            def end_phase(self, progress):
                 training = trainer._training
                 parameter = training.parameters["model.world_model.dynamics_network.layers.0.bias"]
                 state = training.update.optimizer.state[parameter]
-                seen[trainer.progress.phase.name] = state["step"].item()
+                seen[progress.phase.name] = state["step"].item()
 
         trainer.hooks["look"] = Look()
         trainer.train()

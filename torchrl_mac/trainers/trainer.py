@@ -217,18 +217,17 @@ class PhaseTrainer:
     def _train_phase(
         self, training: PhaseTraining, stop: StopSignals, bar: tqdm
     ) -> dict[str, float]:
-        phase, clock = training.phase, time.perf_counter()
+        phase, progress, clock = training.phase, self.progress, time.perf_counter()
         metrics: dict[str, float] = {}
-        progress = self.progress
         while not progress.phase_is_over:
             for hook in self.hooks.values():
-                hook.before_update(self)
+                hook.before_update(progress)
             batch = self.buffer.sample(phase.batch_size)
             losses = training.step(batch)
             progress.advance()
             bar.update()
             for hook in self.hooks.values():
-                hook.after_update(self, batch, losses)
+                hook.after_update(progress, batch, losses)
             if training.stops(progress.phase_updates, self.validation_buffer):
                 progress.stop_phase()
             if self.updates % self.log_interval == 0 or progress.is_over:
@@ -241,7 +240,7 @@ class PhaseTrainer:
             )
             saving = self.checkpoints is not None and self.checkpoints.due(self.updates)
             if self._evaluation_due or stop or saving:
-                self.progress.train_seconds += time.perf_counter() - clock
+                progress.train_seconds += time.perf_counter() - clock
                 self._save(wait=bool(stop))
                 metrics = self._evaluate_if_due(stop) or metrics
                 clock = time.perf_counter()
@@ -255,7 +254,7 @@ class PhaseTrainer:
         if any(phase.keep_moments for phase in self.progress.later_phases):
             self._moments.update(training.moments())
         for hook in self.hooks.values():
-            hook.end_phase(self)
+            hook.end_phase(self.progress)
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Restores a checkpoint; :meth:`train` then goes on from there.
