@@ -133,8 +133,8 @@ def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
     assert ids == {json.loads((parts / "run.json").read_text())["id"]}
 
 
-def newest(folder):
-    return max(folder.glob("checkpoints/checkpoint-*"), default=None)
+def newest(folder, of=""):
+    return max(folder.glob(f"checkpoints/{of}checkpoint-*"), default=None)
 
 
 @pytest.mark.slow
@@ -178,7 +178,8 @@ def test_several_tasks_at_once(data, tmp_path):
     weights = [(tmp_path / f"run/policies/{k}/policy.safetensors").read_bytes() for k in names]
     for folder in (tmp_path / "run/checkpoints/own").iterdir():
         shutil.rmtree(folder)  # as if killed at the end of what is shared
-    result = run(data, tmp_path / "run", *overrides, example="mac_multitask")
+    shared = f"resume={newest(tmp_path / 'run', 'shared/')}"
+    result = run(data, tmp_path / "run", *overrides, shared, example="mac_multitask")
     assert result.returncode == 0, result.stderr[-3000:]
     again = [(tmp_path / f"run/policies/{k}/policy.safetensors").read_bytes() for k in names]
     assert again == weights

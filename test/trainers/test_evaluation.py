@@ -115,6 +115,26 @@ def random_actor():
     return FlowRejectionActor(policy, qvalue, num_candidates=3, chunk_size=H)
 
 
+def test_the_parameters_of_another_time_can_be_measured():
+    evaluator, _ = make(0.25, num_episodes=4, num_envs=2)
+    actor = evaluator.actor = evaluator._runner.actor = random_actor()
+    then, before = evaluator(), {k: v.clone() for k, v in actor.state_dict().items()}
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(-1)
+    now = evaluator()
+    assert now != then
+    assert evaluator.submit(state=before).result() == then
+    assert evaluator() == now  # the actor is what it was
+
+
+def test_an_episode_that_is_never_done_has_all_its_steps(monkeypatch):
+    monkeypatch.setattr("torchrl_mac.trainers.episodes._MAX_STEPS", 4)
+    evaluator, _ = make(0.0, num_episodes=2, num_envs=2)  # does not get anywhere
+    metrics = evaluator()
+    assert metrics["episode_length"] == 4 and metrics["episode_return"] == -4
+
+
 def test_workers_run_the_same_episodes():
     actor = random_actor()
     settings = {"task_ids": [1, 2], "num_episodes": 5, "num_envs": 2, "replan_interval": 2}
@@ -250,8 +270,8 @@ def test_without_any_episode_there_is_an_error(tmp_path, warnings):
     evaluator._runner.num_envs = 1
     evaluator.num_episodes = 1
     seeds = np.random.SeedSequence(3).generate_state(4)
-    evaluator._run_here(int(seeds[2]), None).exception()
-    evaluation = Evaluation({"": [evaluator._run_here(int(seeds[2]), None)]}, 1, 1, None)
+    evaluator._run_here(int(seeds[2]), None, None).exception()
+    evaluation = Evaluation({"": [evaluator._run_here(int(seeds[2]), None, None)]}, 1, 1, None)
     with pytest.raises(RuntimeError, match=r"No episode could be run: the simulator is gone"):
         evaluation.result()
 

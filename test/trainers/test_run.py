@@ -152,6 +152,30 @@ class TestSignals:
         assert same(parameters(whole), parameters(trained(tmp_path / "parts")))
         assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
 
+    @pytest.mark.parametrize("where", ["work", "cleanup", "another error"])
+    def test_what_cleanup_makes_of_a_signal_does_not_escape(self, where):
+        def evaluate():
+            try:
+                if where != "cleanup":
+                    signal.raise_signal(signal.SIGTERM)
+            except BaseException as stopped:
+                if where == "another error":
+                    raise RuntimeError("the environments could not be closed") from stopped
+                raise
+            finally:
+                if where == "cleanup":
+                    signal.raise_signal(signal.SIGTERM)
+
+        with StopSignals() as stop:
+            assert stop.interruptible(evaluate) is None
+            assert stop.exit_code == 143
+            assert stop.interruptible(lambda: 1) is None  # there is no more time for that
+
+    def test_errors_without_a_signal_are_errors(self):
+        with StopSignals() as stop, pytest.raises(ZeroDivisionError):
+            stop.interruptible(lambda: 1 / 0)
+        assert not stop
+
     def test_an_evaluation_is_left_at_once(self, tmp_path):
         def evaluate():
             threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()

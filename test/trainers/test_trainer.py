@@ -241,6 +241,24 @@ class TestPhaseTrainer:
         with pytest.raises(ValueError, match="precision"):
             make_trainer([Phase("p", ["loss_flow"], 1, 8)], precision="fp8").train()
 
+    def test_logging_does_not_alter_training(self):
+        def run(**kwargs):
+            torch.manual_seed(0)
+            trainer = make_trainer([Phase("p", list(TERMS.values()), 6, 8)], **kwargs)
+            trainer.train()
+            return parameters(trainer)
+
+        validation = make_buffer()  # draws, as the losses do, from PyTorch's own generator
+        validation._sampler._rng = None
+        often = run(log_interval=1, validation_buffer=validation)
+        seldom = run(log_interval=6)
+        assert all(torch.equal(value, seldom[key]) for key, value in often.items())
+
+    def test_a_finished_training_says_nothing_of_compiling(self):
+        trainer = make_trainer([Phase("p", ["loss_flow"], 1, 8)], compile={"backend": "eager"})
+        assert trainer.train()["compiled"]
+        assert "compiled" not in trainer.train()
+
     def test_the_same_seed_trains_the_same(self):
         runs = []
         for _ in range(2):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["GoalKeys", "autocast_to", "required"]
+__all__ = ["GoalKeys", "autocast_to", "required", "same_shape"]
 
 
 def required(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
@@ -23,6 +23,19 @@ def required(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     if value is None:
         there = sorted(map(str, tensordict.keys(True, True)))
         raise KeyError(f"The loss needs {key!r}, but the input has {there}.")
+    return value
+
+
+def same_shape(name: object, value: Tensor, expected: Sequence[int]) -> Tensor:
+    """A tensor that must have this very shape: what would broadcast gives other numbers.
+
+    Raises:
+        ValueError: if it has another.
+    """
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name!r} has shape {tuple(value.shape)}, but the loss needs {tuple(expected)}."
+        )
     return value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.objectives.common import GoalKeys, autocast_to, required
+from torchrl_mac.objectives.common import GoalKeys, autocast_to, required, same_shape
 
 __all__ = ["FlowBCLoss"]
 
@@ -137,6 +137,8 @@ class FlowBCLoss(LossModule):
         time = tensordict.get(self.tensor_keys.flow_time, None)
         if time is None:
             time = torch.rand_like(action[..., :1])
+        same_shape(self.tensor_keys.flow_noise, noise, action.shape)
+        same_shape(self.tensor_keys.flow_time, time, action[..., :1].shape)
         with self.flow_policy_params.to_module(self.flow_policy):
             velocity = self.flow_policy.velocity(
                 condition, (1 - time) * noise + time * action, time
@@ -149,6 +151,7 @@ class FlowBCLoss(LossModule):
         noise = tensordict.get(self.tensor_keys.distillation_noise, None)
         if noise is None:
             noise = torch.randn_like(action)
+        same_shape(self.tensor_keys.distillation_noise, noise, action.shape)
         with (
             torch.no_grad(),
             autocast_to(self.sampling_dtype, noise.device),
@@ -165,8 +168,9 @@ class FlowBCLoss(LossModule):
         condition = torch.cat(
             [*self._conditions.read(tensordict, policy.in_keys[:-1]).values()], -1
         )
-        action = required(tensordict, self.tensor_keys.action)
-        return condition, action.flatten(condition.ndim - 1)
+        action = required(tensordict, self.tensor_keys.action).flatten(condition.ndim - 1)
+        flat = (*condition.shape[:-1], policy.action_dim)
+        return condition, same_shape(self.tensor_keys.action, action, flat)
 
     def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         weights = self._maybe_get_priority_weight(tensordict)

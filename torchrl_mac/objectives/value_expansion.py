@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -12,10 +14,11 @@ from torch import Tensor
 from torchrl.envs.utils import step_mdp
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
+from torchrl.objectives.value import TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_mac.envs import imagine
 from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.objectives.common import GoalKeys, autocast_to
+from torchrl_mac.objectives.common import GoalKeys, autocast_to, same_shape
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -43,7 +46,8 @@ class ValueExpansionLoss(LossModule):
             trained here: its policy's parameters are not this module's.
         value_network (TensorDictModule): writes ``"state_value"`` ``[*, 1]``.
         qvalue_network (TensorDictModule): writes ``"state_action_value"`` ``[*, 1]``; the same
-            module that ``actor_network`` ranks candidates with.
+            module that ``actor_network`` ranks candidates with, if it does. In imagination it ranks
+            them with this loss's parameters of it.
         world_model (TensorDictModule): writes under ``"next"`` the state after a chunk, its
             reward, ``done`` and ``terminated``, such as :class:`ChunkedWorldModel`. Not trained
             here.
@@ -67,7 +71,8 @@ class ValueExpansionLoss(LossModule):
     ``"noise"``.
 
     Raises:
-        ValueError: if ``imagination_horizon`` or ``chunk_size`` is smaller than 1.
+        ValueError: if ``imagination_horizon`` or ``chunk_size`` is smaller than 1, or if the actor
+            ranks with another Q.
 
     The discount, per environment step, is set with
     ``make_value_estimator(gamma=0.999, lmbda=1.0)``; these are the defaults.
@@ -162,6 +167,11 @@ class ValueExpansionLoss(LossModule):
         ):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
+        if getattr(actor_network, "qvalue_network", qvalue_network) is not qvalue_network:
+            raise ValueError(
+                "actor_network ranks candidates with another network than qvalue_network; give "
+                "both the same, so that chunks are chosen by the Q that is trained."
+            )
         self.imagination_horizon = imagination_horizon
         self.chunk_size = chunk_size
         self.delay_value = delay_value
@@ -218,19 +228,24 @@ class ValueExpansionLoss(LossModule):
         ``ignore_terminated`` none is said to end it.
         """
         state = self._conditions.read(tensordict, self._state_keys)
-        weights = self._maybe_get_priority_weight(tensordict)
-        if weights is not None:
-            state[self.tensor_keys.priority_weight] = weights
+        for key in (self.tensor_keys.priority_weight, *self._loss_mask_keys()):
+            if (entry := tensordict.get(key, None)) is not None:
+                state[key] = entry
         # A tensordict made by dispatch has no batch size: the observation tells it.
         observation = state[self._state_keys[0]]
         start = TensorDict(state, batch_size=observation.shape[:-1])
-        with autocast_to(self.sampling_dtype, observation.device):
+        horizon = imagination_horizon or self.imagination_horizon
+        noise = tensordict.get(self.tensor_keys.noise, None)
+        if noise is not None:
+            steps = (*start.shape, self.imagination_horizon, *noise.shape[start.ndim + 1 :])
+            same_shape(self.tensor_keys.noise, noise, steps)
+        with autocast_to(self.sampling_dtype, observation.device), self._ranking():
             rollout = imagine(
                 self.actor_network,
                 self.world_model,
                 start,
-                imagination_horizon or self.imagination_horizon,
-                noise=tensordict.get(self.tensor_keys.noise, None),
+                horizon,
+                noise=noise,
                 noise_key=getattr(self.actor_network, "noise_key", "noise"),
             )
         if self.ignore_terminated:
@@ -238,11 +253,19 @@ class ValueExpansionLoss(LossModule):
                 rollout.get(("next", key)).zero_()
         return rollout
 
+    def _ranking(self) -> contextlib.AbstractContextManager:
+        """Lets the actor rank candidates with this module's parameters of Q."""
+        ranking = getattr(self.actor_network, "qvalue_network", None)
+        if ranking is None:
+            return contextlib.nullcontext()
+        return self.qvalue_network_params.to_module(ranking)
+
     def value_loss(self, rollout: TensorDictBase) -> Tensor:
         """The regression of V on the returns of a rollout ``[*, H]``."""
         target = self.value_target(rollout)
         with self.value_network_params.to_module(self.value_network):
             value = self._value(rollout)
+        same_shape(self.tensor_keys.value, value, target.shape)
         error = (value - target).square().mean((-2, -1))
         return self._reduced(error, rollout[..., 0])
 
@@ -257,7 +280,10 @@ class ValueExpansionLoss(LossModule):
         target = reward + self.value_estimator.gamma * alive * next_value
         with self.qvalue_network_params.to_module(self.qvalue_network):
             qvalue = self.qvalue_network(first.select(*self.qvalue_network.in_keys))
-        error = (qvalue.get(keys.state_action_value) - target).square().mean(-1)
+        chosen = same_shape(
+            keys.state_action_value, qvalue.get(keys.state_action_value), target.shape
+        )
+        error = (chosen - target).square().mean(-1)
         return self._reduced(error, first)
 
     @torch.no_grad()
@@ -288,26 +314,54 @@ class ValueExpansionLoss(LossModule):
             )
 
     def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams: float
+        self,
+        value_type: ValueEstimators
+        | str
+        | type[ValueEstimatorBase]
+        | ValueEstimatorBase
+        | None = None,
+        **hyperparams: Any,
     ) -> None:
         """Chooses the return that V is trained on.
 
         Args:
-            value_type (ValueEstimators, optional): ``TD0``, ``TD1`` or ``TDLambda`` (default).
+            value_type (ValueEstimators, str, class or instance, optional): ``TD0``, ``TD1`` or
+                ``TDLambda`` (default), by any of the names it has in TorchRL; or an estimator of
+                one's own, whose discount is that of a whole chunk.
             **hyperparams: the estimator's; ``gamma`` is per environment step and defaults to
                 0.999, ``lmbda`` defaults to 1.
+
+        Raises:
+            ValueError: if ``gamma`` or ``lmbda`` is out of range, or comes with an instance.
         """
         value_type = self.default_value_estimator if value_type is None else value_type
+        if isinstance(value_type, ValueEstimatorBase):
+            if hyperparams:
+                raise ValueError(f"An estimator that is there has its own {sorted(hyperparams)}.")
+            self.value_type, self._value_estimator = type(value_type), value_type
+            self._forward_value_estimator_keys()
+            return
+        if isinstance(value_type, str):
+            names = {kind.name.lower(): kind for kind in self.SUPPORTED_VALUE_ESTIMATORS}
+            value_type = names.get(value_type.lower().replace("_", ""), value_type)
         hyperparams.setdefault("gamma", 0.999)
-        hyperparams["gamma"] = hyperparams["gamma"] ** self.chunk_size
-        if value_type is ValueEstimators.TDLambda:
+        if value_type in (ValueEstimators.TDLambda, TDLambdaEstimator):
             hyperparams.setdefault("lmbda", 1.0)
+        if not 0 < hyperparams["gamma"] <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {hyperparams['gamma']}.")
+        if not 0 <= hyperparams.get("lmbda", 1.0) <= 1:
+            raise ValueError(f"lmbda must be between 0 and 1, got {hyperparams['lmbda']}.")
+        hyperparams["gamma"] = hyperparams["gamma"] ** self.chunk_size
         hyperparams.setdefault("device", self._default_device)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            value_network=None,
-            **hyperparams,
-        )
+        if isinstance(value_type, type):
+            self.value_type = value_type
+            self._value_estimator = value_type(value_network=None, **hyperparams)
+        else:
+            dispatch_value_estimator(
+                self,
+                value_type,
+                supported=self.SUPPORTED_VALUE_ESTIMATORS,
+                value_network=None,
+                **hyperparams,
+            )
         self._forward_value_estimator_keys()

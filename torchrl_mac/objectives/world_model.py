@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import ChunkedWorldModel
-from torchrl_mac.objectives.common import GoalKeys, required
+from torchrl_mac.objectives.common import GoalKeys, required, same_shape
 
 __all__ = ["ChunkedWorldModelLoss"]
 
@@ -120,7 +120,8 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *_ = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             change = self.world_model.dynamics_network(observation, action)
-        truth = required(tensordict, ("next", self.tensor_keys.observation))
+        truth = self._truth(self.tensor_keys.observation, tensordict, observation)
+        same_shape("the prediction of the dynamics", change, observation.shape)
         return self._reduced((observation + change - truth).square(), tensordict)
 
     def reward_loss(self, tensordict: TensorDictBase) -> Tensor:
@@ -128,7 +129,7 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *goal = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             reward = self.world_model.reward_network(observation, *goal, action)
-        truth = required(tensordict, ("next", self.tensor_keys.reward))
+        truth = self._truth(self.tensor_keys.reward, tensordict, reward)
         return self._reduced((reward - truth).square(), tensordict)
 
     def termination_loss(self, tensordict: TensorDictBase) -> Tensor:
@@ -136,9 +137,12 @@ class ChunkedWorldModelLoss(LossModule):
         observation, action, *goal = self._inputs(tensordict)
         with self.world_model_params.to_module(self.world_model):
             logit = self.world_model.termination_network(observation, *goal, action)
-        truth = required(tensordict, ("next", self.tensor_keys.terminated)).to(logit.dtype)
+        truth = self._truth(self.tensor_keys.terminated, tensordict, logit).to(logit.dtype)
         error = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
         return self._reduced(error, tensordict)
+
+    def _truth(self, key: NestedKey, tensordict: TensorDictBase, like: Tensor) -> Tensor:
+        return same_shape(("next", key), required(tensordict, ("next", key)), like.shape)
 
     def _inputs(self, tensordict: TensorDictBase) -> list[Tensor]:
         return [*self._conditions.read(tensordict, self.world_model.in_keys).values()]
