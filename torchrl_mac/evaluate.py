@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         _evaluate(args)
     except (ImportError, OSError, TypeError, ValueError) as error:
         return _fail(error, 2)
-    except RuntimeError as error:
+    except Exception as error:  # a damaged file, a missing device, a simulator that fails
         return _fail(error, 1)
     return 0
 
@@ -112,7 +112,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    sys.stderr.write(f"{_PROGRAM}: {error}\n")
+    sys.stderr.write(f"{_PROGRAM}: {error or type(error).__name__}\n")
     return code
 
 

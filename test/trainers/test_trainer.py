@@ -88,10 +88,11 @@ class TestPhase:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"num_updates": 0}, "num_updates must be at least 1, got 0"),
+            ({"num_updates": 0}, "num_updates must be at least 1 and a whole number, got 0"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
             ({"eval_interval": -1}, "eval_interval must be at least 0"),
+            ({"num_updates": 1.5}, "a whole number, got 1.5"),
             ({"lr": 0.0}, "lr must be positive"),
             ({"schedule": "step"}, "'constant' or 'cosine', got 'step'"),
             ({"terms": []}, "trains nothing"),

@@ -32,6 +32,7 @@ from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, write_summary
 from torchrl_mac.trainers.run import RunFolder
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
+from torchrl_mac.trainers.settings import check_settings
 from torchrl_mac.trainers.trainer import PhaseTrainer
 
 __all__ = ["Experiment", "resolve_task"]
@@ -61,6 +62,7 @@ class Experiment(contextlib.AbstractContextManager):
 
     def __init__(self, cfg: DictConfig, *, fixed: Sequence[str] = ()) -> None:
         self.cfg = cfg
+        check_settings({**self.settings, "resume": cfg.resume})
         self.task = resolve_task(cfg.dataset, cfg.task_id)
         self.fixed = [*_FIXED, *fixed, *(str(key) for key in cfg if str(key).endswith("_cells"))]
         self.rank, self.device = join_group(cfg.device)
@@ -88,7 +90,13 @@ class Experiment(contextlib.AbstractContextManager):
     @cached_property
     def phases(self) -> list[Phase]:
         """The settings' ``phases``."""
-        return [Phase(**phase) for phase in self.settings["phases"]]
+        found = []
+        for k, phase in enumerate(self.settings["phases"]):
+            try:
+                found.append(Phase(**phase))
+            except TypeError as error:  # a key that is missing or unknown
+                raise ValueError(f"phases[{k}]={phase} cannot be: {error}.") from error
+        return found
 
     def dataset(
         self,
@@ -147,13 +155,23 @@ class Experiment(contextlib.AbstractContextManager):
         path, kinds = self.folder.path, (CSVLogger, JSONLinesLogger)
         loggers: list[Logger] = [kind("logs", str(path)) for kind in kinds]
         if self.cfg.wandb != "disabled":
-            offline = self.cfg.wandb == "offline"
-            of_run = {"save_dir": str(path), "project": self.cfg.project, "id": self.folder.id}
-            loggers.append(WandbLogger(path.name, offline=offline, **of_run))
+            loggers.append(self._wandb(path))
         for logger in loggers:
             logger.log_hparams(OmegaConf.to_container(self.cfg, resolve=True))
             self._stack.callback(logger.close)
         return loggers
+
+    def _wandb(self, path: Path) -> WandbLogger:
+        of_run = {"save_dir": str(path), "project": self.cfg.project, "id": self.folder.id}
+        if self.cfg.wandb == "online":
+            try:
+                return WandbLogger(path.name, **of_run)
+            except Exception as error:  # of many kinds: no network, no account, no project
+                torchrl_logger.warning(
+                    f"Weights & Biases cannot be reached ({error}): going on with wandb=offline; "
+                    f"`wandb sync {path / 'wandb'}` sends it later."
+                )
+        return WandbLogger(path.name, offline=True, **of_run)
 
     def trainer(
         self,
@@ -264,6 +282,7 @@ class Experiment(contextlib.AbstractContextManager):
             the summary.
         """
         data: Any = buffer if dataset is None else dataset
+        self._check_widths(data)
         evaluator = self.evaluator(actor)
         interim: Callable[..., Any] = partial(evaluator.submit, self.cfg.eval_interim_episodes)
         evaluations: dict[str, Any] = (
@@ -283,6 +302,19 @@ class Experiment(contextlib.AbstractContextManager):
             "transitions": len(data),
         }
         return self.report(summary, data.digest, {"policy": (actor, self.cfg.dataset)})
+
+    def _check_widths(self, data: OGBenchExperienceReplay) -> None:
+        """Whether the simulator's observations and actions are as wide as the dataset's."""
+        env = OGBenchEnv(self.cfg.dataset)
+        specs = {"observation": env.observation_spec["observation"], "action": env.action_spec}
+        env.close()
+        for name, spec in specs.items():
+            width = data.metadata[f"{name}_dim"]
+            if spec.shape[-1] != width:
+                raise ValueError(
+                    f"{data.data_path} has {name}s of {width} numbers, those of {self.cfg.dataset} "
+                    f"have {spec.shape[-1]}: it is another environment's data."
+                )
 
     def report(
         self,

@@ -78,10 +78,11 @@ class Phase:
     def __post_init__(self) -> None:
         least_of = {"num_updates": 1, "batch_size": 1, "warmup_updates": 0, "eval_interval": 0}
         for key, least in least_of.items():
-            if getattr(self, key) < least:
+            value = getattr(self, key)
+            if type(value) is not int or value < least:
                 raise ValueError(
-                    f"Phase {self.name!r}: {key} must be at least {least}, "
-                    f"got {getattr(self, key)}."
+                    f"Phase {self.name!r}: {key} must be at least {least} and a whole number, "
+                    f"got {value}."
                 )
         if not self.lr > 0:
             raise ValueError(f"Phase {self.name!r}: lr must be positive, got {self.lr}.")

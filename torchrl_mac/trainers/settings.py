@@ -1,0 +1,143 @@
+"""Checks of a script's settings, before anything is read or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["check_settings"]
+
+Rule = Callable[[Any], str | None]  # what a value must be, if it is not
+
+
+def _count(least: int = 0, *, optional: bool = False) -> Rule:
+    def check(value: Any) -> str | None:
+        if (optional and value is None) or (type(value) is int and value >= least):
+            return None
+        return f"a whole number of at least {least}" + (" or null" if optional else "")
+
+    return check
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = True) -> Rule:
+    def check(value: Any) -> str | None:
+        is_number = isinstance(value, int | float) and type(value) is not bool
+        if is_number and (low < value if open_low else low <= value) and value <= high:
+            return None
+        above = f"above {low:g}" if open_low else f"at least {low:g}"
+        return f"a number {above}" + ("" if high == math.inf else f" and at most {high:g}")
+
+    return check
+
+
+def _one_of(*choices: Any) -> Rule:
+    return lambda value: None if value in choices else f"one of {', '.join(map(str, choices))}"
+
+
+def _maybe(rule: Rule) -> Rule:
+    def check(value: Any) -> str | None:
+        wanted = None if value is None else rule(value)
+        return wanted and f"{wanted}, or null"
+
+    return check
+
+
+def _cells(value: Any) -> str | None:
+    if isinstance(value, list | tuple) and value and all(_count(1)(n) is None for n in value):
+        return None
+    return "a list of whole numbers of at least 1, one for each hidden layer"
+
+
+def _flag(value: Any) -> str | None:
+    return None if type(value) is bool else "true or false"
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "a text"
+
+
+def _device(value: Any) -> str | None:
+    try:
+        device = None if value is None else torch.device(value)
+    except (RuntimeError, TypeError):
+        return "null, cpu, cuda or cuda:0"
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        return "null or cpu: there is no CUDA device"
+    return None
+
+
+_RULES: dict[str, Rule] = {
+    # Run
+    "seed": _count(),
+    "device": _device,
+    "num_threads": _count(1, optional=True),
+    "compile": _flag,
+    "cudagraphs": _flag,
+    "precision": _one_of("fp32", "tf32", "bf16", "bf16-mixed"),
+    "wandb": _one_of("disabled", "offline", "online"),
+    "log_interval": _count(1),
+    "max_grad_norm": _maybe(_number(0)),
+    "resume": _text,
+    "checkpoint_seconds": _number(0),
+    "checkpoint_interval": _count(1, optional=True),
+    "keep_checkpoints": _count(1),
+    # Data
+    "dataset": _text,
+    "data_on_device": _flag,
+    "prefetch": _count(),
+    "average_rewards": _flag,
+    "ignore_terminated": _flag,
+    "negative_reward": _flag,
+    # Algorithm
+    "activation": _one_of("gelu", "relu"),
+    "chunk_size": _count(1),
+    "imagination_horizon": _count(1),
+    "flow_steps": _count(1),
+    "num_candidates": _count(1),
+    "gamma": _number(0, 1),
+    "lmbda": _number(0, 1, open_low=False),
+    "tau": _number(0, 1),
+    "ignore_imagined_terminated": _flag,
+    "task_batch_scale": _number(0),
+    # Evaluation
+    "eval_num_candidates": _count(1),
+    "replan_interval": _count(1),
+    "eval_episodes": _count(1),
+    "eval_interim_episodes": _count(1),
+    "eval_num_envs": _count(1),
+    "eval_workers": _count(),
+    "eval_timeout": _number(0),
+    "eval_seed": _count(),
+    "video_episodes": _count(),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Checks every setting that is known; others are the algorithm's own to check.
+
+    Args:
+        settings (mapping): plain values, by name.
+
+    Raises:
+        ValueError: naming the first key that is wrong, its value, and what it must be.
+
+    Examples:
+        >>> check_settings({"gamma": 0.99, "value_cells": [256, 256], "log_interval": 100})
+    """
+    for key, value in settings.items():
+        rule = _cells if key.endswith("_cells") else _RULES.get(key)
+        if rule is not None and (wanted := rule(value)):
+            raise ValueError(f"{key}={value} cannot be: it must be {wanted}.")
+    if not settings.get("phases", True):
+        raise ValueError("phases=[] cannot be: name at least one phase to train.")
+    if settings.get("replan_interval", 1) > settings.get("chunk_size", math.inf):
+        raise ValueError(
+            f"replan_interval={settings['replan_interval']} cannot be: a chunk has only "
+            f"chunk_size={settings['chunk_size']} actions."
+        )
+    device = settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.get("cudagraphs") and torch.device(device).type != "cuda":
+        raise ValueError(f"cudagraphs=true cannot be on device={device}: it needs a CUDA device.")
