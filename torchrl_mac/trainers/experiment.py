@@ -63,6 +63,7 @@ class Experiment(contextlib.AbstractContextManager):
     def __init__(self, cfg: DictConfig, *, fixed: Sequence[str] = ()) -> None:
         self.cfg = cfg
         check_settings({**self.settings, "resume": cfg.resume})
+        _ = self.phases  # or an error
         self.task = resolve_task(cfg.dataset, cfg.task_id)
         self.fixed = [*_FIXED, *fixed, *(str(key) for key in cfg if str(key).endswith("_cells"))]
         self.rank, self.device = join_group(cfg.device)
@@ -90,13 +91,10 @@ class Experiment(contextlib.AbstractContextManager):
     @cached_property
     def phases(self) -> list[Phase]:
         """The settings' ``phases``."""
-        found = []
-        for k, phase in enumerate(self.settings["phases"]):
-            try:
-                found.append(Phase(**phase))
-            except TypeError as error:  # a key that is missing or unknown
-                raise ValueError(f"phases[{k}]={phase} cannot be: {error}.") from error
-        return found
+        try:
+            return [Phase(**phase) for phase in self.settings["phases"]]
+        except TypeError as error:  # a key that is missing or unknown
+            raise ValueError(f"phases={self.settings['phases']} cannot be: {error}.") from error
 
     def dataset(
         self,
