@@ -34,6 +34,7 @@ class Size:
     chunk: int = 10
     goal: int = 0
     goal_key: str | tuple[str, ...] = "goal"
+    negative_reward: bool = True
 
     @property
     def flat(self) -> int:
@@ -46,8 +47,13 @@ class Size:
         return self.observation + self.goal
 
 
-def make_mac(size: Size, device: torch.device | str | None = None, **kwargs: Any) -> dict[str, Any]:
-    """The three losses; ``kwargs`` are those of the one of the values."""
+def make_mac(
+    size: Size, device: torch.device | str | None = None, **options: dict[str, Any]
+) -> dict[str, Any]:
+    """The three losses, by name; ``options`` are their keyword arguments, by the same names."""
+    unknown = options.keys() - {"behaviour", "world_model", "values"}
+    if unknown:
+        raise ValueError(f"There is no loss {sorted(unknown)}.")
 
     def network(inputs: int, outputs: int) -> NormedMLP:
         return NormedMLP(inputs, outputs, size.cells, device=device)
@@ -62,7 +68,7 @@ def make_mac(size: Size, device: torch.device | str | None = None, **kwargs: Any
         network(size.observation + D, size.observation),
         *(network(S + D, 1) for _ in range(2)),
         goal_key=size.goal_key if size.goal else None,
-        negative_reward=True if size.goal else None,
+        negative_reward=size.negative_reward if size.goal else None,
     )
     value = ValueOperator(network(S, 1), in_keys=state)
     qvalue = ValueOperator(network(S + D, 1), in_keys=[*state, "action"])
@@ -70,12 +76,12 @@ def make_mac(size: Size, device: torch.device | str | None = None, **kwargs: Any
         policy, qvalue, num_candidates=size.candidates, chunk_size=size.chunk
     )
     values = ValueExpansionLoss(
-        actor, value, qvalue, model, imagination_horizon=size.horizon, **kwargs
+        actor, value, qvalue, model, imagination_horizon=size.horizon, **options.get("values", {})
     )
     values.make_value_estimator(gamma=0.999, lmbda=1.0)
     return {
-        "behaviour": FlowBCLoss(flow, policy),
-        "world_model": ChunkedWorldModelLoss(model),
+        "behaviour": FlowBCLoss(flow, policy, **options.get("behaviour", {})),
+        "world_model": ChunkedWorldModelLoss(model, **options.get("world_model", {})),
         "values": values,
     }
 

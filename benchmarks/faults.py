@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, output: Path, data: Path, updates: int) -> None:
         self.output, self.log = output, output.with_suffix(".log")
-        phase = "{{name: {}, losses: [{}], num_updates: {}, batch_size: 32, schedule: cosine}}"
+        phase = "{{name: {}, terms: [{}], num_updates: {}, batch_size: 32, schedule: cosine}}"
         terms = ",".join(f"loss_{term}" for term in TERMS)
         flow = phase.format("flow", "loss_flow", updates // 2)
         joint = phase.format("joint", terms, updates - updates // 2)

@@ -108,8 +108,8 @@ def main(cfg: DictConfig) -> None:
     with Experiment(cfg, fixed=["average_rewards"]) as run:
         if run.is_goal_conditioned:
             raise ValueError(
-                f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. Here "
-                "each task has its own: choose a single-task configuration (task=cube-single)."
+                f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. "
+                "Here each has its own: choose a single-task configuration (task=cube-single)."
             )
         if torch.distributed.is_initialized():
             raise ValueError("mac_multitask.py trains in one process: start it without torchrun.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assembly import Size, make_mac
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
@@ -19,12 +20,10 @@ from torchrl.objectives import IQLLoss, SoftUpdate, TD3BCLoss
 from torchrl_mac.envs import ChunkedWorldModelEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,
-    FlowMatchingPolicy,
     FlowRejectionActor,
     NormedMLP,
     OneStepPolicy,
 )
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 
 OBS, G, H, A = 3, 2, 4, 2
 D = H * A
@@ -148,24 +147,13 @@ def test_hindsight_goals_train_our_losses():
             ),
         ).auto_batch_size_(1)
     )
-    noisy = ["observation", "goal", "noise"]
-    flow = FlowMatchingPolicy(NormedMLP(OBS + G + D + 1, D, CELLS), D, 2, in_keys=noisy)
-    policy = OneStepPolicy(NormedMLP(OBS + G + D, D, CELLS), D, in_keys=noisy)
-    value = ValueOperator(NormedMLP(OBS + G, 1, CELLS), in_keys=["observation", "goal"])
-    qvalue = ValueOperator(
-        NormedMLP(OBS + G + D, 1, CELLS), in_keys=["observation", "goal", "action"]
-    )
-    model = make_world_model(goal=True)
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=4, chunk_size=H)
-    behaviour = FlowBCLoss(flow, policy)
-    behaviour.set_keys(actor_goal="desired_goal")
-    dynamics = ChunkedWorldModelLoss(model)
-    dynamics.set_keys(value_goal="desired_goal")
-    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=3)
-    values.set_keys(value_goal="desired_goal")
-    values.make_value_estimator(gamma=0.9)
-    SoftUpdate(values, tau=0.05)
-    losses = [behaviour, dynamics, values]
+    mac = make_mac(Size(CELLS, 32, 4, 3, 2, OBS, A, H, G))
+    mac["behaviour"].set_keys(actor_goal="desired_goal")
+    mac["world_model"].set_keys(value_goal="desired_goal")
+    mac["values"].set_keys(value_goal="desired_goal")
+    mac["values"].make_value_estimator(gamma=0.9)
+    SoftUpdate(mac["values"], tau=0.05)
+    losses = list(mac.values())
     optimizer = torch.optim.Adam([p for loss in losses for p in loss.parameters()], 1e-2)
     totals = []
     for _ in range(20):

@@ -32,5 +32,12 @@ def test_imports_go_down(floor):
             assert root != "torchrl_mac" or rest.split(".")[0] not in above, (path, name)
 
 
+def test_the_readme_shows_the_floors():
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    block = text.partition("## Layout")[2].partition("```\n")[2].partition("```")[0]
+    shown = [line.split()[0] for line in block.splitlines() if line.startswith("  ")]
+    assert shown == [f"{floor}/" for floor in FLOORS]
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -30,7 +30,7 @@ def test_readme(tmp_path, monkeypatch):
         )
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(README)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

@@ -65,7 +65,7 @@ def start(data, output, *overrides, example="mac", launcher=(), flags=()):
 
 @pytest.mark.slow
 def test_mac(data, tmp_path, capsys):
-    phase = "{{name: {}, losses: [{}], num_updates: 10, batch_size: 8, eval_interval: 10}}"
+    phase = "{{name: {}, terms: [{}], num_updates: 10, batch_size: 8, eval_interval: 10}}"
     joint, alone = phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")
     phases = f"phases=[{joint},{alone}]"
     result = run(data, tmp_path / "run", phases, "wandb=offline")
@@ -101,7 +101,7 @@ def test_mac(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on(data, tmp_path):
-    phase = "{{name: {}, losses: [{}], num_updates: {}, batch_size: 8}}"
+    phase = "{{name: {}, terms: [{}], num_updates: {}, batch_size: 8}}"
     phases = [phase.format("flow", "loss_flow", 600), phase.format("joint", ",".join(TERMS), 20)]
     overrides = [f"phases=[{','.join(phases)}]", "log_interval=20", "replan_interval=10"]
     overrides += ["checkpoint_interval=50", "wandb=offline"]
@@ -149,7 +149,7 @@ def test_one_agent_for_all_tasks(tmp_path):
         progress=False,
     )
     settings = "num_updates: 20, batch_size: 8, eval_interval: 10"
-    phase = f"{{name: joint, losses: [{','.join(TERMS)}], {settings}}}"
+    phase = f"{{name: joint, terms: [{','.join(TERMS)}], {settings}}}"
     task = "task=pointmaze-medium-oraclerep"
     evaluation = ("eval_episodes=1", "replan_interval=10", "eval_workers=1")
     overrides = (f"phases=[{phase}]", task, *evaluation)
@@ -165,7 +165,7 @@ def test_one_agent_for_all_tasks(tmp_path):
 
 @pytest.mark.slow
 def test_several_tasks_at_once(data, tmp_path):
-    joint = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
+    joint = f"{{name: joint, terms: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
     overrides = (f"phases=[{joint}]", "task_ids=[1,3]", "replan_interval=10")
     result = run(data, tmp_path / "run", *overrides, example="mac_multitask")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -186,7 +186,7 @@ def test_several_tasks_at_once(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(data, tmp_path):
-    phase = "{{name: {}, losses: [{}], num_updates: 5, batch_size: 8}}"
+    phase = "{{name: {}, terms: [{}], num_updates: 5, batch_size: 8}}"
     phases = [phase.format("joint", ",".join(TERMS)), phase.format("alone", "loss_qvalue")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     overrides = [f"phases=[{','.join(phases)}]", "device=cpu", "replan_interval=10"]
@@ -207,7 +207,7 @@ def test_two_processes(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_over_seeds_in_parallel(data, tmp_path):
-    phase = f"{{name: joint, losses: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
+    phase = f"{{name: joint, terms: [{','.join(TERMS)}], num_updates: 10, batch_size: 8}}"
     sweep = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
     overrides = [f"phases=[{phase}]", "replan_interval=10", f"hydra.sweep.dir={tmp_path}/sweep"]
     result = run(data, tmp_path / "unused", *overrides, *sweep, flags=["--multirun"])
@@ -243,7 +243,7 @@ def test_tasks_and_goals_are_not_mixed_up(data, tmp_path, example, overrides, me
 
 
 def test_configs_cover_the_paper():
-    tasks = {path.stem for path in (ROOT / "configs/task").glob("*.yaml")}
+    tasks = {path.stem for path in (ROOT / "configs/mac/task").glob("*.yaml")}
     assert tasks >= {"cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"}
     goals = ("cube-double", "cube-octuple", "puzzle-3x3", "puzzle-4x5")
     mazes = ("humanoidmaze-medium", "humanoidmaze-giant", "pointmaze-medium")

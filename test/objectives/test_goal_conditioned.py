@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assembly import Size, make_batch, make_mac
 from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from torchrl_mac.envs import ChunkedWorldModelEnv
-from torchrl_mac.modules import (
-    ChunkedWorldModel,
-    FlowMatchingPolicy,
-    FlowRejectionActor,
-    NormedMLP,
-    OneStepPolicy,
-)
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
 
 B, OBS, G, H, A, N, K = 6, 4, 2, 3, 2, 5, 4
 D = H * A
@@ -25,47 +17,15 @@ CELLS = [8, 8]
 
 
 def batch(actor_goal="actor_goal", value_goal="value_goal"):
-    return TensorDict(
-        {
-            "observation": torch.randn(B, OBS),
-            actor_goal: torch.randn(B, G),
-            value_goal: torch.randn(B, G),
-            "action": torch.rand(B, H, A) * 2 - 1,
-            "flow_noise": torch.randn(B, D),
-            "flow_time": torch.rand(B, 1),
-            "distillation_noise": torch.randn(B, D),
-            "noise": torch.randn(B, K, N, D),
-            ("next", "observation"): torch.randn(B, OBS),
-            ("next", "reward"): torch.randn(B, 1),
-            ("next", "terminated"): torch.rand(B, 1) > 0.5,
-        },
-        batch_size=[B],
-    )
+    td = make_batch(Size(CELLS, B, N, K, 3, OBS, A, H, G))
+    return td.rename_key_("actor_goal", actor_goal).rename_key_("value_goal", value_goal)
 
 
 def make_losses(goal="goal", negative_reward=True):
-    noisy = ["observation", goal, "noise"]
-    flow = FlowMatchingPolicy(NormedMLP(OBS + G + D + 1, D, CELLS), D, 3, in_keys=noisy)
-    policy = OneStepPolicy(NormedMLP(OBS + G + D, D, CELLS), D, in_keys=noisy)
-    value = ValueOperator(NormedMLP(OBS + G, 1, CELLS), in_keys=["observation", goal])
-    qvalue = ValueOperator(
-        NormedMLP(OBS + G + D, 1, CELLS), in_keys=["observation", goal, "action"]
-    )
-    model = ChunkedWorldModel(
-        NormedMLP(OBS + D, OBS, CELLS),
-        *(NormedMLP(OBS + G + D, 1, CELLS) for _ in range(2)),
-        goal_key=goal,
-        negative_reward=negative_reward,
-    )
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=N, chunk_size=H)
-    values = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=K)
-    values.make_value_estimator(gamma=0.9)
-    SoftUpdate(values, tau=0.1)
-    return {
-        "actor_goal": FlowBCLoss(flow, policy),
-        "model": ChunkedWorldModelLoss(model),
-        "value_goal": values,
-    }
+    losses = make_mac(Size(CELLS, B, N, K, 3, OBS, A, H, G, goal, negative_reward))
+    losses["values"].make_value_estimator(gamma=0.9)
+    SoftUpdate(losses["values"], tau=0.1)
+    return dict(zip(("actor_goal", "model", "value_goal"), losses.values(), strict=True))
 
 
 def test_each_loss_sees_its_own_goal():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assembly import Size, make_batch, make_mac
 from tensordict import TensorDict
 from torch.nn import functional as F
 from torchrl.data import Bounded, Unbounded
@@ -14,7 +15,6 @@ from torchrl_mac.modules import (
     ChunkedWorldModel,
     FlowMatchingPolicy,
     FlowRejectionActor,
-    NormedMLP,
     OneStepPolicy,
 )
 from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
@@ -25,46 +25,25 @@ D = H * A
 CELLS = [8, 8]
 
 
+SIZE = Size(CELLS, B, N, K, 3, OBS, A, H)
+
+
 def batch(size=(B,)):
-    return TensorDict(
-        observation=torch.randn(*size, OBS),
-        action=torch.rand(*size, H, A) * 2 - 1,
-        flow_noise=torch.randn(*size, D),
-        flow_time=torch.rand(*size, 1),
-        distillation_noise=torch.randn(*size, D),
-        noise=torch.randn(*size, K, N, D),
-        next=TensorDict(
-            observation=torch.randn(*size, OBS),
-            reward=torch.randn(*size, 1),
-            terminated=torch.rand(*size, 1) > 0.5,
-            batch_size=size,
-        ),
-        batch_size=size,
-    )
+    return make_batch(SIZE, size)
 
 
 def flow_bc(**kwargs):
-    flow = FlowMatchingPolicy(NormedMLP(OBS + D + 1, D, CELLS), D, 3)
-    return FlowBCLoss(flow, OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D), **kwargs)
-
-
-def world_model():
-    return ChunkedWorldModel(*(NormedMLP(OBS + D, n, CELLS) for n in (OBS, 1, 1)))
+    return make_mac(SIZE, behaviour=kwargs)["behaviour"]
 
 
 def model_loss(**kwargs):
-    return ChunkedWorldModelLoss(world_model(), **kwargs)
+    return make_mac(SIZE, world_model=kwargs)["world_model"]
 
 
 def value_expansion(**kwargs):
-    policy = OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D)
-    value = ValueOperator(NormedMLP(OBS, 1, CELLS))
-    qvalue = ValueOperator(NormedMLP(OBS + D, 1, CELLS), in_keys=["observation", "action"])
-    actor = FlowRejectionActor(policy, qvalue, num_candidates=N, chunk_size=H)
-    model = world_model()
+    loss = make_mac(SIZE, values=kwargs)["values"]
     # Some rollouts must end early, or masks would not be tested.
-    torch.nn.init.constant_(model.termination_network.layers[-1].bias, -0.3)
-    loss = ValueExpansionLoss(actor, value, qvalue, model, imagination_horizon=K, **kwargs)
+    torch.nn.init.constant_(loss.world_model.termination_network.layers[-1].bias, -0.3)
     if loss.delay_value:
         SoftUpdate(loss, tau=0.1)  # silences the warning of a target without an updater
         loss.target_value_network_params.apply_(lambda x: x.data.add_(0.1 * torch.randn_like(x)))
@@ -287,13 +266,11 @@ class TestInterface:
         )
         state, chunk = ("x", "state"), ("x", "chunk")
 
-        torch.manual_seed(3)
         plain = flow_bc()
-        torch.manual_seed(3)
-        flow = FlowMatchingPolicy(
-            NormedMLP(OBS + D + 1, D, CELLS), D, 3, in_keys=[state, ("n", "a")]
-        )
-        student = OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D, in_keys=[state, ("n", "c")])
+        velocity = plain.flow_policy.module.velocity_network
+        flow = FlowMatchingPolicy(velocity, D, 3, in_keys=[state, ("n", "a")])
+        network = plain.onestep_policy.module.network
+        student = OneStepPolicy(network, D, in_keys=[state, ("n", "c")])
         loss = FlowBCLoss(flow, student)
         loss.set_keys(
             action=chunk,
@@ -303,12 +280,13 @@ class TestInterface:
         )
         self._same(loss(nested), plain(td))
 
-        torch.manual_seed(4)
         plain = model_loss()
-        torch.manual_seed(4)
+        networks = plain.world_model
         keys = {"reward_key": ("y", "r"), "done_key": ("y", "d"), "terminated_key": ("y", "end")}
         model = ChunkedWorldModel(
-            *(NormedMLP(OBS + D, n, CELLS) for n in (OBS, 1, 1)),
+            networks.dynamics_network,
+            networks.reward_network,
+            networks.termination_network,
             observation_key=state,
             action_key=chunk,
             **keys,
@@ -317,7 +295,6 @@ class TestInterface:
         loss.set_keys(observation=state, reward=("y", "r"), terminated=("y", "end"))
         self._same(loss(nested), plain(td))
 
-        torch.manual_seed(5)
         plain = value_expansion()
         networks = plain.world_model
         model = ChunkedWorldModel(

@@ -82,6 +82,8 @@ def same(left, right):
         return torch.equal(left, right)
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
     return left == right
 
 
@@ -147,7 +149,7 @@ class TestResume:
         assert older.name.endswith("8")
         torch.manual_seed(0)
         trainer = make_trainer(PHASES, checkpoints=RunCheckpoints(tmp_path / "checkpoints"))
-        trainer.loggers = [CSVLogger("logs", log_dir=str(tmp_path))]
+        trainer.logs.loggers = [CSVLogger("logs", log_dir=str(tmp_path))]
         assert trainer.resume(older)
         assert trainer.updates == 8
         assert len(rows(tmp_path)["train/loss_value.csv"].splitlines()) == 4

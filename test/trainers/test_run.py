@@ -101,7 +101,7 @@ class TestSettings:
     )
     def test_another_past_is_refused(self, tmp_path, phases):
         trained(tmp_path, 6)
-        with pytest.raises(ValueError, match="has made the updates .*; it cannot go on with"):
+        with pytest.raises(ValueError, match=r"has made the updates .*; it cannot go on with"):
             trained(tmp_path, phases=phases)
 
     def test_the_last_phase_may_become_longer(self, tmp_path):
@@ -269,8 +269,8 @@ def test_a_seed_fixes_everything():
     folder = os.path.dirname(__file__)
     benchmarks = os.path.join(folder, "../../benchmarks")
     code = (
-        f"import sys; sys.path[:0] = [{folder!r}, {benchmarks!r}]; from test_run import seeded_hash; "
-        "sys.stdout.write(seeded_hash(0, int(sys.argv[1])))"
+        f"import sys; sys.path[:0] = [{folder!r}, {benchmarks!r}]; "
+        "from test_run import seeded_hash; sys.stdout.write(seeded_hash(0, int(sys.argv[1])))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     hashes = {

@@ -79,6 +79,12 @@ class TestPhase:
         assert phase.lr_factor(110) == 0.0
         assert Phase("p", ["loss_flow"], 110, 8).lr_factor(109) == 1.0
 
+    def test_only_some_of_the_terms(self):
+        phase = Phase("p", ["loss_flow", "loss_value"], 10, 9, optim={"value_network": {}})
+        part = phase.only({"loss_value", "loss_qvalue"}, batch_scale=0.5)
+        assert (part.terms, part.batch_size, part.optim) == (["loss_value"], 4, phase.optim)
+        assert phase.only({"loss_qvalue"}) is None
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -158,6 +164,27 @@ class TestPhaseTrainer:
         assert seen == [2] * (len(seen) // 3) + [3] * (2 * len(seen) // 3)
         assert len(seen) >= 3
 
+    @pytest.mark.parametrize(
+        ("path", "value"), [("loss", 1), ("nothing.x", 1), ("loss.actor_network.nothing", 1)]
+    )
+    def test_overrides_of_what_does_not_exist(self, path, value):
+        with pytest.raises(ValueError, match=f"overrides '{path}', which does not exist"):
+            make_trainer([Phase("p", ["loss_flow"], 1, 4, overrides={path: value})])
+
+    def test_overrides_end_with_the_phase_even_if_it_fails(self):
+        phase = Phase("p", ["loss_flow"], 1, 4, overrides={"loss.imagination_horizon": 7})
+        trainer = make_trainer([phase])
+        seen = []
+
+        def sample(size):
+            seen.append(trainer.losses["loss"].imagination_horizon)
+            raise OSError
+
+        trainer.buffer.sample = sample
+        with pytest.raises(OSError):
+            trainer.train()
+        assert seen == [7] and trainer.losses["loss"].imagination_horizon == 2
+
     def test_logs_and_evaluations(self, tmp_path):
         calls = []
         csv = CSVLogger("logs", log_dir=str(tmp_path))
@@ -226,6 +253,8 @@ class TestPhaseTrainer:
     def test_errors(self):
         with pytest.raises(ValueError, match="trains 'loss_nothing', which no loss has"):
             make_trainer([Phase("p", ["loss_nothing"], 1, 8)])
+        with pytest.raises(ValueError, match=r"nothing to optimize named \['value_network'\]"):
+            make_trainer([Phase("p", ["loss_flow"], 1, 8, optim={"value_network": {"lr": 1.0}})])
         losses = make_losses()
         twice = {"a": losses["model"], "b": losses["model"]}
         phases = [Phase("p", ["loss_reward"], 1, 8)]

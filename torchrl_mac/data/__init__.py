@@ -7,7 +7,7 @@ from torchrl_mac.data.mixed import MixedReplayBuffer, StackedReplayBuffer
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
 from torchrl_mac.data.replay import ActionChunkExperienceReplay
 from torchrl_mac.data.sampler import ActionChunkSampler
-from torchrl_mac.data.states import buffer_state, load_buffer_state
+from torchrl_mac.data.states import buffer_state, distinct_buffers, load_buffer_state
 from torchrl_mac.data.storage import ActionChunkStorage
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "OGBenchExperienceReplay",
     "StackedReplayBuffer",
     "buffer_state",
+    "distinct_buffers",
     "load_buffer_state",
 ]
 

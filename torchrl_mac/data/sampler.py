@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.storage import ActionChunkStorage, Segments
 from torchrl_mac.data.windows import window_lines
-from torchrl_mac.utils.files import write_json
+from torchrl_mac.utils.files import read_json, write_json
 
 __all__ = ["ActionChunkSampler"]
 
@@ -247,7 +246,7 @@ class ActionChunkSampler(Sampler):
 
     def loads(self, path: str | Path) -> None:
         """Reads the state from a folder."""
-        self.load_state_dict(json.loads((Path(path) / _STATE).read_text(encoding="utf-8")))
+        self.load_state_dict(read_json(Path(path) / _STATE))
 
     def _empty(self) -> None:
         self._cache = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.data import ListStorage, ReplayBuffer, Storage, StorageEnsemble, TensorStorage
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler, Sampler, SamplerEnsemble
 
-__all__ = ["buffer_state", "load_buffer_state"]
+__all__ = ["buffer_state", "distinct_buffers", "load_buffer_state"]
 
 _TREES = ("_sum_tree", "_min_tree")  # a prioritized sampler's, each a number for each row
 
@@ -82,6 +82,22 @@ def load_buffer_state(buffer: Any, state: Mapping[str, Any]) -> None:
     restored["_storage"] = _unchanged(buffer.storage)
     buffer.load_state_dict(restored)
     _load_storage(buffer.storage, state["_storage"])
+
+
+def distinct_buffers(candidates: Mapping[str, Any]) -> dict[str, Any]:
+    """Buffers that have a state of their own, each once, under the first of its names.
+
+    Args:
+        candidates (mapping): buffers by name, or ``None``; those that another one before them is
+            made of, as of :class:`~torchrl_mac.data.MixedReplayBuffer`, are saved with it.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, buffer in candidates.items():
+        if buffer is not None and id(buffer) not in seen:
+            found[name] = buffer
+            seen |= {id(buffer), *map(id, getattr(buffer, "buffers", {}).values())}
+    return found
 
 
 def _holds_rows(storage: Storage) -> bool:

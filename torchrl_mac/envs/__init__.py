@@ -1,6 +1,6 @@
 """Environments: OGBench's own, two that answer from a world model instead, and imagination."""
 
-from torchrl_mac.envs.imagination import imagine, read_only
+from torchrl_mac.envs.imagination import imagine
 from torchrl_mac.envs.ogbench import OGBenchEnv
 from torchrl_mac.envs.world_model_env import ChunkedWorldModelEnv
 from torchrl_mac.envs.world_model_transform import ChunkedWorldModelTransform
@@ -10,5 +10,4 @@ __all__ = [
     "ChunkedWorldModelTransform",
     "OGBenchEnv",
     "imagine",
-    "read_only",
 ]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
 from torchrl_mac.modules import WorldModelBase
 
-__all__ = ["imagine", "read_only"]
+__all__ = ["imagine"]
 
 
 def imagine(
@@ -32,7 +29,8 @@ def imagine(
     as much: for an environment with specs, resets and collectors take that one.
 
     Gradients flow through actions and states, wherever they are not switched off
-    (:func:`torch.no_grad`); parameters that are only read are kept out of it by :func:`read_only`.
+    (:func:`torch.no_grad`). A loss that only reads the world model keeps its parameters out of them
+    with ``hold_out_net`` of :mod:`torchrl.objectives`.
 
     Args:
         actor (TensorDictModule): writes the action that ``world_model`` reads.
@@ -76,25 +74,3 @@ def imagine(
         state = step_mdp(step).select(*kept)
     rollout: TensorDictBase = torch.stack(steps, -1)
     return world_model.predict_outcome(rollout) if in_parts else rollout
-
-
-@contextlib.contextmanager
-def read_only(module: nn.Module) -> Iterator[None]:
-    """Lets gradients through a module, but none into its parameters.
-
-    In this context the module computes with its parameters, detached.
-
-    Args:
-        module (nn.Module): the module, such as a world model that an actor is trained through.
-
-    Examples:
-        >>> import torch
-        >>> from torchrl_mac.envs import read_only
-        >>> layer, x = torch.nn.Linear(2, 1), torch.ones(2, requires_grad=True)
-        >>> with read_only(layer):
-        ...     layer(x).sum().backward()
-        >>> layer.weight.grad is None, x.grad.shape
-        (True, torch.Size([2]))
-    """
-    with TensorDict.from_module(module).data.to_module(module):
-        yield

@@ -7,6 +7,7 @@ from torchrl_mac.modules.export import load_export, save_policy
 from torchrl_mac.modules.flow import (
     FlowMatchingModel,
     FlowMatchingPolicy,
+    FlowPolicyBase,
     OneStepModel,
     OneStepPolicy,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Configurable",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
+    "FlowPolicyBase",
     "FlowRejectionActor",
     "GaussianEnsemble",
     "NormedMLP",

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable, as_keys, placeholder
 
-__all__ = ["FlowMatchingModel", "FlowMatchingPolicy", "OneStepModel", "OneStepPolicy"]
+__all__ = [
+    "FlowMatchingModel",
+    "FlowMatchingPolicy",
+    "FlowPolicyBase",
+    "OneStepModel",
+    "OneStepPolicy",
+]
 
 
 class FlowMatchingModel(nn.Module):
@@ -131,18 +137,32 @@ class OneStepModel(nn.Module):
         return action.clamp(self.low, self.high) if clamp else action
 
 
-class _FlowPolicy(TensorDictModuleBase, Configurable):
-    """Reads what the model is conditioned on, then noise; writes the action.
+class FlowPolicyBase(TensorDictModuleBase, Configurable):
+    """A policy that maps conditions and noise to an action.
 
-    Every input key but the last is a condition (the observation, and a goal where there is
-    one); conditions are concatenated in the order of ``in_keys``. The last key is the noise,
-    drawn when the input does not have it.
+    Args:
+        module (nn.Module): a :class:`FlowMatchingModel` or a :class:`OneStepModel`.
+
+    Keyword Args:
+        in_keys (sequence of NestedKey, optional): every key but the last is a condition: the
+            observation, and a goal where there is one, concatenated in this order. The last one is
+            the noise ``[*, action_dim]``, drawn when the input does not have it. Defaults to
+            ``["observation", "noise"]``.
+        out_keys (sequence of NestedKey, optional): where the flat action ``[*, action_dim]`` is
+            written. Defaults to ``["action"]``.
+
+    Raises:
+        ValueError: if there are fewer keys than that.
     """
 
-    module: Any  # a FlowMatchingModel or a OneStepModel
+    module: Any
 
     def __init__(
-        self, module: nn.Module, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]
+        self,
+        module: nn.Module,
+        *,
+        in_keys: Sequence[NestedKey] = ("observation", "noise"),
+        out_keys: Sequence[NestedKey] = ("action",),
     ) -> None:
         super().__init__()
         if len(in_keys) < 2 or len(out_keys) != 1:
@@ -188,7 +208,7 @@ class _FlowPolicy(TensorDictModuleBase, Configurable):
         return tensordict.set(self.out_keys[0], self.module(condition, noise, **kwargs))
 
 
-class FlowMatchingPolicy(_FlowPolicy):
+class FlowMatchingPolicy(FlowPolicyBase):
     """A behaviour policy that integrates a flow, as a TensorDict module.
 
     See :class:`FlowMatchingModel` for the sampler; "Flow Matching for Generative Modeling",
@@ -202,10 +222,7 @@ class FlowMatchingPolicy(_FlowPolicy):
     Keyword Args:
         low (float or Tensor, optional): lower action bound. Defaults to -1.
         high (float or Tensor, optional): upper action bound. Defaults to 1.
-        in_keys (sequence of NestedKey, optional): the conditions, then the noise. Defaults to
-            ``["observation", "noise"]``.
-        out_keys (sequence of NestedKey, optional): where the flat action ``[*, action_dim]`` is
-            written. Defaults to ``["action"]``.
+        **kwargs: ``in_keys`` and ``out_keys`` of :class:`FlowPolicyBase`.
 
     Examples:
         >>> import torch
@@ -225,11 +242,10 @@ class FlowMatchingPolicy(_FlowPolicy):
         *,
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
-        in_keys: Sequence[NestedKey] = ("observation", "noise"),
-        out_keys: Sequence[NestedKey] = ("action",),
+        **kwargs: Any,
     ) -> None:
         module = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
-        super().__init__(module, in_keys, out_keys)
+        super().__init__(module, **kwargs)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -241,7 +257,7 @@ class FlowMatchingPolicy(_FlowPolicy):
         return self.module.velocity(observation, action, time)
 
 
-class OneStepPolicy(_FlowPolicy):
+class OneStepPolicy(FlowPolicyBase):
     """A policy that maps noise to an action in one network call, as a TensorDict module.
 
     See :class:`OneStepModel` for the sampler; "Flow Q-Learning",
@@ -254,10 +270,7 @@ class OneStepPolicy(_FlowPolicy):
     Keyword Args:
         low (float or Tensor, optional): lower action bound. Defaults to -1.
         high (float or Tensor, optional): upper action bound. Defaults to 1.
-        in_keys (sequence of NestedKey, optional): the conditions, then the noise. Defaults to
-            ``["observation", "noise"]``.
-        out_keys (sequence of NestedKey, optional): where the flat action ``[*, action_dim]`` is
-            written. Defaults to ``["action"]``.
+        **kwargs: ``in_keys`` and ``out_keys`` of :class:`FlowPolicyBase`.
 
     Examples:
         >>> import torch
@@ -276,10 +289,9 @@ class OneStepPolicy(_FlowPolicy):
         *,
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
-        in_keys: Sequence[NestedKey] = ("observation", "noise"),
-        out_keys: Sequence[NestedKey] = ("action",),
+        **kwargs: Any,
     ) -> None:
-        super().__init__(OneStepModel(network, action_dim, low=low, high=high), in_keys, out_keys)
+        super().__init__(OneStepModel(network, action_dim, low=low, high=high), **kwargs)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

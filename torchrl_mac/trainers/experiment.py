@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -62,7 +62,7 @@ class Experiment(contextlib.AbstractContextManager):
     def __init__(self, cfg: DictConfig, *, fixed: Sequence[str] = ()) -> None:
         self.cfg = cfg
         self.task = resolve_task(cfg.dataset, cfg.task_id)
-        self.fixed = [*_FIXED, *fixed, *(key for key in cfg if str(key).endswith("_cells"))]
+        self.fixed = [*_FIXED, *fixed, *(str(key) for key in cfg if str(key).endswith("_cells"))]
         self.rank, self.device = join_group(cfg.device)
         self.is_first = self.rank == 0  # of torchrun's processes, the one that evaluates and writes
         self.path = Path(HydraConfig.get().runtime.output_dir)
@@ -92,7 +92,7 @@ class Experiment(contextlib.AbstractContextManager):
 
     def dataset(
         self,
-        split: str,
+        split: Literal["train", "val"],
         *,
         dataset: str | None = None,
         transforms: Sequence[Transform] = (),
@@ -261,7 +261,9 @@ class Experiment(contextlib.AbstractContextManager):
         data: Any = buffer if dataset is None else dataset
         evaluator = self.evaluator(actor)
         interim: Callable[..., Any] = partial(evaluator.submit, self.cfg.eval_interim_episodes)
-        evaluations = {"evaluate": evaluator, "monitor": interim} if self.is_first else {}
+        evaluations: dict[str, Any] = (
+            {"evaluate": evaluator, "monitor": interim} if self.is_first else {}
+        )
         trainer = self.trainer(
             losses, buffer, digest=data.digest, actor=actor, **evaluations, **kwargs
         )

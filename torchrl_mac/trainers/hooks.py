@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -12,9 +12,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_mac.envs import imagine
-
-if TYPE_CHECKING:
-    from torchrl_mac.trainers.trainer import PhaseTrainer
+from torchrl_mac.trainers.progress import Progress
 
 __all__ = ["ModelRolloutHook", "TrainerHook"]
 
@@ -22,16 +20,16 @@ __all__ = ["ModelRolloutHook", "TrainerHook"]
 class TrainerHook:
     """Does something before or after updates, or at the end of phases.
 
-    A hook reads where training stands from ``trainer.progress`` (``updates``, ``phase`` and
-    ``phase_updates``, those of the current phase) and may change anything. Its state is saved
-    and restored with the trainer's; random numbers are PyTorch's, which are as well.
+    A hook is told where training stands (``progress.updates``, ``progress.phase`` and
+    ``progress.phase_updates``, those of the current phase) and holds what it works on itself. Its
+    state is saved and restored with the trainer's; random numbers are PyTorch's, which are as well.
 
     Examples:
         >>> from torchrl_mac.trainers import TrainerHook
         >>> class Count(TrainerHook):
         ...     seen = 0
         ...
-        ...     def after_update(self, trainer, batch, metrics):
+        ...     def after_update(self, progress, batch, metrics):
         ...         self.seen += len(batch)
         ...
         ...     def state_dict(self):
@@ -41,15 +39,15 @@ class TrainerHook:
         ...         self.seen = state_dict["seen"]
     """
 
-    def before_update(self, trainer: PhaseTrainer) -> None:
+    def before_update(self, progress: Progress) -> None:
         """Called before the batch of an update is drawn."""
 
     def after_update(
-        self, trainer: PhaseTrainer, batch: TensorDictBase, metrics: TensorDictBase
+        self, progress: Progress, batch: TensorDictBase, metrics: TensorDictBase
     ) -> None:
         """Called with the batch of an update, and its losses and metrics, detached."""
 
-    def end_phase(self, trainer: PhaseTrainer) -> None:
+    def end_phase(self, progress: Progress) -> None:
         """Called after the last update of a phase."""
 
     def buffers(self) -> dict[str, ReplayBuffer]:
@@ -122,9 +120,8 @@ class ModelRolloutHook(TrainerHook):
         self.process = process
         self.chunk = chunk
 
-    def before_update(self, trainer: PhaseTrainer) -> None:
+    def before_update(self, progress: Progress) -> None:
         """Imagines, if it is time."""
-        progress = trainer.progress
         due = progress.phase_updates % self.interval == 0
         if due and (self.phases is None or progress.phase.name in self.phases):
             for first in range(0, self.num_starts, self.chunk):

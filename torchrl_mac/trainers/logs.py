@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.record import CSVLogger
 from torchrl.record.loggers import Logger
 
 from torchrl_mac.utils.files import replaced
 
-__all__ = ["JSONLinesLogger", "rewind"]
+__all__ = ["JSONLinesLogger", "Logs", "means", "rewind"]
 
 
 class JSONLinesLogger(Logger):
@@ -88,6 +89,40 @@ class JSONLinesLogger(Logger):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+
+class Logs:
+    """Several loggers, which can be taken back together to what they were.
+
+    Args:
+        loggers (sequence of Logger): TorchRL loggers.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = list(loggers)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Logs values with all loggers."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=step)
+
+    def state_dict(self) -> list[list[Any]]:
+        """The class and state of each."""
+        return [[type(logger).__name__, logger.state_dict()] for logger in self.loggers]
+
+    def load_state_dict(self, state_dict: Sequence[Sequence[Any]]) -> None:
+        """Takes each logger back to the state of one of its class; others begin anew."""
+        states: dict[str, list[Any]] = {}
+        for kind, state in state_dict:
+            states.setdefault(kind, []).append(state)
+        for logger in self.loggers:
+            known = states.get(type(logger).__name__)
+            rewind(logger, known.pop(0) if known else None)
+
+
+def means(metrics: TensorDictBase) -> dict[str, float]:
+    """Metrics as numbers; of those that are not averaged over the batch, their mean."""
+    return {key: value.float().mean().item() for key, value in metrics.items()}
 
 
 def rewind(logger: Logger, state: Mapping[str, Any] | None = None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -14,10 +15,10 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from torchrl_mac.trainers.early_stopping import EarlyStopping, StoppingState
-from torchrl_mac.trainers.optimizer import make_adam, parameter_names
+from torchrl_mac.trainers.optimizer import make_adam, parameter_groups, parameter_names
 from torchrl_mac.trainers.update import LossUpdate
 
-__all__ = ["Phase", "PhaseTraining", "terms_of"]
+__all__ = ["Phase", "PhaseTraining", "check_phase"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,38 @@ def terms_of(phase: Phase, losses: Mapping[str, LossModule]) -> dict[str, list[s
     return found
 
 
+def overrides_of(phase: Phase, losses: Mapping[str, LossModule]) -> list[tuple[Any, str, Any]]:
+    """The objects, attributes and values of a phase's overrides.
+
+    Raises:
+        ValueError: if there is no such attribute.
+    """
+    found = []
+    for path, value in phase.overrides.items():
+        name, *parts = path.split(".")
+        owner: Any = losses.get(name)
+        for part in parts[:-1]:
+            owner = getattr(owner, part, None)
+        if not parts or not hasattr(owner, parts[-1]):
+            raise ValueError(
+                f"Phase {phase.name!r} overrides {path!r}, which does not exist: name one of the "
+                f"losses {list(losses)} and an attribute, such as 'values.imagination_horizon'."
+            )
+        found.append((owner, parts[-1], value))
+    return found
+
+
+def check_phase(phase: Phase, losses: Mapping[str, LossModule]) -> None:
+    """Checks that all that a phase names exists.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    terms = terms_of(phase, losses)
+    parameter_groups({name: losses[name] for name in losses if terms[name]}, phase.optim)
+    overrides_of(phase, losses)
+
+
 class PhaseTraining(contextlib.AbstractContextManager):
     """The optimizer, schedule and update of a phase.
 
@@ -186,23 +219,10 @@ class PhaseTraining(contextlib.AbstractContextManager):
             if terms:
                 metrics = [key for key in loss.out_keys if not key.startswith("loss_")]
                 loss.select_out_keys(*terms, *metrics)
-        for path, value in self.phase.overrides.items():
-            owner, attribute = self._find(path)
+        for owner, attribute, value in overrides_of(self.phase, self.losses):
             self._replaced.append((owner, attribute, getattr(owner, attribute)))
             setattr(owner, attribute, value)
         return self
-
-    def _find(self, path: str) -> tuple[Any, str]:
-        name, *parts = path.split(".")
-        owner: Any = self.losses.get(name)
-        for part in parts[:-1]:
-            owner = getattr(owner, part, None)
-        if not parts or not hasattr(owner, parts[-1]):
-            raise ValueError(
-                f"Phase {self.phase.name!r} overrides {path!r}, which does not exist: name one of "
-                f"the losses {list(self.losses)} and an attribute: 'values.imagination_horizon'."
-            )
-        return owner, parts[-1]
 
     def __exit__(self, *_: object) -> None:
         for loss in self.losses.values():
@@ -216,6 +236,21 @@ class PhaseTraining(contextlib.AbstractContextManager):
         self.schedule.step()
         return metrics
 
+    def stops(self, updates: int, validation_buffer: Any) -> bool:
+        """Validates, if it is time after ``updates`` of them; whether the phase stops early."""
+        settings, stopping = self.phase.early_stopping, self.stopping
+        if settings is None or stopping is None or updates % settings.interval:
+            return False
+        values = []
+        devices = {p.device for p in self.parameters.values() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):  # training's own numbers stay
+            for _ in range(settings.num_batches):
+                batch = validation_buffer.sample(self.phase.batch_size)
+                terms, metrics = self.update.compute(batch)
+                value = sum(terms) if settings.metric is None else metrics[settings.metric]
+                values.append(float(value))
+        return stopping.note(fmean(values), self.parameters)
+
     def moments(self) -> dict[str, dict[str, Any]]:
         """Adam's state of each parameter that has one, by name."""
         state = self.update.optimizer.state
@@ -226,7 +261,8 @@ class PhaseTraining(contextlib.AbstractContextManager):
         for name, parameter in self.parameters.items():
             if name in moments:
                 self.update.optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in moments[name].items()
+                    key: value.to(parameter.device, copy=True)
+                    for key, value in moments[name].items()
                 }
 
     def state_dict(self) -> dict[str, Any]:

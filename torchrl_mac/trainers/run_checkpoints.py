@@ -24,7 +24,7 @@ from torchrl_mac.trainers.checkpoint import (
     on_host,
 )
 from torchrl_mac.trainers.policies import SCORES
-from torchrl_mac.utils.files import read_json, write_json
+from torchrl_mac.utils.files import read_json, recover, write_json
 
 __all__ = ["RunCheckpoints"]
 
@@ -290,9 +290,7 @@ class _Rotation(CheckpointRotation):
     def sweep(self) -> None:
         """Tidies up after a run that was killed while it wrote, replaced or removed something."""
         for path in self.directory.glob(f".{self.prefix}-*.old"):
-            replaced = path.with_name(path.name[1 : -len(".old")])
-            if not replaced.exists():
-                os.replace(path, replaced)
+            recover(path.with_name(path.name[1 : -len(".old")]))
         for path in self.directory.glob(f".*{self.prefix}-*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,16 +18,17 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from torchrl_mac.data import buffer_state, load_buffer_state
+from torchrl_mac.data import buffer_state, distinct_buffers, load_buffer_state
 from torchrl_mac.trainers.evaluation import Evaluation
 from torchrl_mac.trainers.hooks import TrainerHook
-from torchrl_mac.trainers.logs import rewind
+from torchrl_mac.trainers.logs import Logs, means
 from torchrl_mac.trainers.monitor import Monitor
-from torchrl_mac.trainers.phase import Phase, PhaseTraining, terms_of
+from torchrl_mac.trainers.phase import Phase, PhaseTraining, check_phase
 from torchrl_mac.trainers.postmortem import give_up
 from torchrl_mac.trainers.progress import Progress
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
 from torchrl_mac.trainers.signals import StopSignals
+from torchrl_mac.trainers.update import listed
 
 __all__ = ["PhaseTrainer"]
 
@@ -76,7 +76,7 @@ class PhaseTrainer:
             and ``distributed`` of :class:`~torchrl_mac.trainers.LossUpdate`.
 
     Raises:
-        ValueError: if a phase names a term that no loss has, or that several have.
+        ValueError: if a phase names something that does not exist, or a term that several have.
         NonFiniteError: when training, if it cannot go on; says what is not finite.
 
     Examples:
@@ -131,12 +131,11 @@ class PhaseTrainer:
         self.losses = dict(losses)
         self.buffer = buffer
         self.progress = Progress(phases, first_update=first_update)
-        single = isinstance(target_updaters, TargetNetUpdater)
-        self.target_updaters = [target_updaters] if single else list(target_updaters)
+        self.target_updaters = listed(target_updaters)
         self.hooks = dict(hooks or {})
         self.validation_buffer = validation_buffer
         self.monitor = Monitor(evaluate, monitor, self._log_evaluation)
-        self.loggers = list(loggers)
+        self.logs = Logs(loggers)
         self.checkpoints = checkpoints
         self.log_interval = log_interval
         self.max_skipped = max_skipped
@@ -147,7 +146,7 @@ class PhaseTrainer:
         self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
         self._evaluation_due = False
         for phase in self.progress.phases:
-            terms_of(phase, self.losses)
+            check_phase(phase, self.losses)
             if phase.early_stopping is not None and validation_buffer is None:
                 raise ValueError(f"Phase {phase.name!r}: early_stopping needs a validation_buffer.")
 
@@ -171,12 +170,8 @@ class PhaseTrainer:
         Raises:
             SystemExit: after SIGINT or SIGTERM, with code 130 or 143.
         """
-        bar = tqdm(
-            total=self.num_updates,
-            initial=self.progress.done,
-            disable=not self.progress_bar,
-            unit="it",
-        )
+        silent = not self.progress_bar
+        bar = tqdm(total=self.num_updates, initial=self.progress.done, disable=silent)
         compiled, metrics = True, {}
         stop = StopSignals()
         stops = self.checkpoints is not None and not self.switches.get("distributed")
@@ -222,19 +217,18 @@ class PhaseTrainer:
     def _train_phase(
         self, training: PhaseTraining, stop: StopSignals, bar: tqdm
     ) -> dict[str, float]:
-        phase, clock = training.phase, time.perf_counter()
+        phase, progress, clock = training.phase, self.progress, time.perf_counter()
         metrics: dict[str, float] = {}
-        progress = self.progress
         while not progress.phase_is_over:
             for hook in self.hooks.values():
-                hook.before_update(self)
+                hook.before_update(progress)
             batch = self.buffer.sample(phase.batch_size)
             losses = training.step(batch)
             progress.advance()
             bar.update()
             for hook in self.hooks.values():
-                hook.after_update(self, batch, losses)
-            if self._stops(training):
+                hook.after_update(progress, batch, losses)
+            if training.stops(progress.phase_updates, self.validation_buffer):
                 progress.stop_phase()
             if self.updates % self.log_interval == 0 or progress.is_over:
                 self._log_losses(training, losses, batch, bar)
@@ -244,8 +238,9 @@ class PhaseTrainer:
             self._evaluation_due = progress.is_over or (
                 phase.eval_interval > 0 and progress.phase_updates % phase.eval_interval == 0
             )
-            if self._evaluation_due or stop or self._checkpoint_due():
-                self.progress.train_seconds += time.perf_counter() - clock
+            saving = self.checkpoints is not None and self.checkpoints.due(self.updates)
+            if self._evaluation_due or stop or saving:
+                progress.train_seconds += time.perf_counter() - clock
                 self._save(wait=bool(stop))
                 metrics = self._evaluate_if_due(stop) or metrics
                 clock = time.perf_counter()
@@ -253,27 +248,13 @@ class PhaseTrainer:
         self.progress.train_seconds += time.perf_counter() - clock
         return metrics
 
-    def _stops(self, training: PhaseTraining) -> bool:
-        """Validates, if it is time; whether the phase stops early."""
-        settings, stopping = training.phase.early_stopping, training.stopping
-        if not settings or not stopping or self.progress.phase_updates % settings.interval:
-            return False
-        values = []
-        with torch.no_grad(), torch.random.fork_rng():  # training's own numbers stay as they are
-            for _ in range(settings.num_batches):
-                validation = self.validation_buffer.sample(training.phase.batch_size)
-                terms, metrics = training.update.compute(validation)
-                value = sum(terms) if settings.metric is None else metrics[settings.metric]
-                values.append(float(value))
-        return stopping.note(fmean(values), training.parameters)
-
     def _end(self, training: PhaseTraining) -> None:
         if training.stopping is not None:
             training.stopping.restore(training.parameters)
         if any(phase.keep_moments for phase in self.progress.later_phases):
             self._moments.update(training.moments())
         for hook in self.hooks.values():
-            hook.end_phase(self)
+            hook.end_phase(self.progress)
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Restores a checkpoint; :meth:`train` then goes on from there.
@@ -294,8 +275,7 @@ class PhaseTrainer:
             raise ValueError("Only a trainer with checkpoints can resume.")
         found = self.checkpoints.load(path)
         if found is None:
-            for logger in self.loggers:
-                rewind(logger)
+            self.logs.load_state_dict([])
             return False
         path, state = found
         self.load_state_dict(state)
@@ -306,7 +286,7 @@ class PhaseTrainer:
         self, training: PhaseTraining, losses: TensorDictBase, batch: TensorDictBase, bar: tqdm
     ) -> None:
         phase, update = training.phase, training.update
-        figures = _means(losses)
+        figures = means(losses)
         values = {f"train/{key}": value for key, value in figures.items()}
         bar.set_postfix({key.split("_")[-1]: f"{value:.3g}" for key, value in figures.items()})
         skipped = update.guard.read()
@@ -318,15 +298,12 @@ class PhaseTrainer:
         if self.validation_buffer is not None:
             with torch.no_grad():
                 validation = self.validation_buffer.sample(phase.batch_size)
-                found = _means(update.compute(validation)[1])
+                found = means(update.compute(validation)[1])
             values |= {f"validation/{key}": value for key, value in found.items()}
-        self._log(values, self.updates)
+        self.logs.log(values, self.updates)
         if skipped["in_a_row"] >= self.max_skipped:
             folder = None if self.checkpoints is None else self.checkpoints.folder.parent
             give_up(list(update.losses.values()), self.buffer, batch, self.state_dict(), folder)
-
-    def _checkpoint_due(self) -> bool:
-        return self.checkpoints is not None and self.checkpoints.due(self.updates)
 
     def _save(self, *, wait: bool) -> None:
         if self.checkpoints is not None:
@@ -364,27 +341,16 @@ class PhaseTrainer:
         if self.checkpoints is not None:
             self.checkpoints.record(updates, metrics)
         if metrics:
-            self._log({f"eval/{key}": value for key, value in metrics.items()}, updates)
+            self.logs.log({f"eval/{key}": value for key, value in metrics.items()}, updates)
             figures = ", ".join(f"{key} {value:.3g}" for key, value in metrics.items())
             torchrl_logger.info(f"After {updates} updates: {figures}")
-
-    def _log(self, values: Mapping[str, float], updates: int) -> None:
-        for logger in self.loggers:
-            logger.log_metrics(dict(values), step=updates)
 
     def _buffers(self) -> dict[str, ReplayBuffer]:
         """All buffers, each once; those within others are saved with them."""
         candidates = {"train": self.buffer, "validation": self.validation_buffer}
         for name, hook in self.hooks.items():
             candidates |= {f"{name}.{part}": buffer for part, buffer in hook.buffers().items()}
-        found: dict[str, ReplayBuffer] = {}
-        seen: set[int] = set()
-        for name, buffer in candidates.items():
-            if buffer is not None and id(buffer) not in seen:
-                found[name] = buffer
-                members = getattr(buffer, "buffers", {})
-                seen |= {id(buffer), *map(id, members.values())}
-        return found
+        return distinct_buffers(candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of training depends on, target networks and random numbers included."""
@@ -396,7 +362,7 @@ class PhaseTrainer:
             "moments": self._moments,
             "buffers": {name: buffer_state(buffer) for name, buffer in self._buffers().items()},
             "hooks": {name: hook.state_dict() for name, hook in self.hooks.items()},
-            "loggers": [[type(logger).__name__, logger.state_dict()] for logger in self.loggers],
+            "loggers": self.logs.state_dict(),
             "rng": GlobalRNGState().state_dict(),
             "progress": {
                 **progress,
@@ -419,23 +385,16 @@ class PhaseTrainer:
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
         for name, buffer in self._buffers().items():
+            if name not in state_dict["buffers"]:
+                known = sorted(state_dict["buffers"])
+                raise ValueError(f"The checkpoint has no buffer {name!r}, only {known}.")
             load_buffer_state(buffer, state_dict["buffers"][name])
         for name, hook in self.hooks.items():
             hook.load_state_dict(state_dict["hooks"].get(name, {}))
-        states: dict[str, list[Any]] = {}
-        for kind, state in state_dict["loggers"]:
-            states.setdefault(kind, []).append(state)
-        for logger in self.loggers:  # there may be others now
-            known = states.get(type(logger).__name__)
-            rewind(logger, known.pop(0) if known else None)
+        self.logs.load_state_dict(state_dict["loggers"])
         self._moments = dict(state_dict["moments"])
         for updater, counter in zip(self.target_updaters, progress["targets"], strict=True):
             if counter is not None:
                 vars(updater)["counter"] = counter
         self._evaluation_due = progress["evaluation_due"]
         self._restored = {**state_dict, "evaluations": progress["evaluations"]}
-
-
-def _means(metrics: TensorDictBase) -> dict[str, float]:
-    """Metrics as numbers; of those that are not averaged over the batch, their mean."""
-    return {key: value.float().mean().item() for key, value in metrics.items()}

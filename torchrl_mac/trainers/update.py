@@ -125,8 +125,7 @@ class LossUpdate:
             )
         self.losses = named(losses)
         self.optimizer = optimizer
-        single = isinstance(target_updaters, TargetNetUpdater)
-        self.target_updaters = [target_updaters] if single else list(target_updaters)
+        self.target_updaters = listed(target_updaters)
         self.target_order = target_order
         self.precision = precision
         self.max_grad_norm = max_grad_norm
@@ -228,6 +227,11 @@ class LossUpdate:
         with undone_where(bad, self._targets):
             for updater in self.target_updaters:
                 updater.step()
+
+
+def listed(updaters: Any) -> list[TargetNetUpdater]:
+    """One target updater, or several, as a list."""
+    return [updaters] if isinstance(updaters, TargetNetUpdater) else list(updaters)
 
 
 def named(losses: Mapping[str, LossModule] | Sequence[LossModule]) -> dict[str, LossModule]:
