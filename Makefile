@@ -20,7 +20,8 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-nightly: $(NIGHTLY)/.installed
-	OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile \
+	  --upstream-failures test/nightly_failures.txt
 
 lint: setup
 	$(BIN)/ruff check
