@@ -144,8 +144,8 @@ def main(cfg: DictConfig) -> None:
             validation_buffer=validation,
             first_update=shared.num_updates,
         )
-        if not run.resume(own):
-            shared.resume()
+        if not run.resume(own, "own"):
+            run.resume(shared, "shared")
             shared.train()
             own.progress.train_seconds = shared.progress.train_seconds
         result = own.train()

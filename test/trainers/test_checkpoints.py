@@ -301,7 +301,11 @@ class TestRunCheckpoints:
         if harm == "one more file":
             (newest / "components/evil.pickle").write_bytes(b"")
         else:
-            pattern = {"no seal": "hashes.json", "no file": "*.tdc", "no manifest": "manifest.json"}
+            pattern = {
+                "no seal": "hashes.json",
+                "no file": "*.safetensors",
+                "no manifest": "manifest.json",
+            }
             next(newest.rglob(pattern[harm])).unlink()
         assert checkpoints.load()[0].name[-1] == "1"
         assert len(warnings) == 1
@@ -339,7 +343,7 @@ class TestRunCheckpoints:
             raise OSError(28, "No space left on device")
 
         target = {
-            "tensors": "torchrl.checkpoint._checkpoint.tensordict.TensorDict.consolidate",
+            "tensors": "torchrl_mac.trainers.state_files.save_file",
             "seal": "torchrl_mac.trainers.checkpoint.seal",
         }
         monkeypatch.setattr(target[when], full)
@@ -352,7 +356,8 @@ class TestRunCheckpoints:
 
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path, warnings):
         checkpoints = self.save(tmp_path, 1)
-        assert not checkpoints.save(2, {"losses": {"weight": torch.tensor([1.0, torch.inf])}})
+        weight = torch.tensor([1.0, torch.inf])
+        assert not checkpoints.save(2, {"losses": {"weight": weight}}, parameters=[weight])
         checkpoints.close()
         assert [path.name[-1] for path in checkpoints.paths()] == ["1"]
         assert "not finite" in warnings[0]

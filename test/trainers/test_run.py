@@ -57,10 +57,20 @@ class TestRunFolder:
         with RunFolder(tmp_path, resume="never"):
             assert (tmp_path / "earlier-2/run.json").is_file()
 
-    def test_what_is_no_run_is_set_aside(self, tmp_path):
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_what_is_no_run_is_left_alone(self, tmp_path, resume):
+        (tmp_path / ".git").mkdir()
         (tmp_path / "notes.txt").write_text("mine")
-        with RunFolder(tmp_path):
-            assert (tmp_path / "earlier-1/notes.txt").read_text() == "mine"
+        (tmp_path / ".hydra").mkdir()  # Hydra has been there already
+        (tmp_path / "mac.log").touch()
+        for _ in range(2):  # nor is the lock kept
+            with (
+                pytest.raises(FileExistsError, match=r"is not a run, but has \['\.git', 'notes"),
+                RunFolder(tmp_path, resume=resume),
+            ):
+                pass
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert not list(tmp_path.glob("earlier-*")) and not (tmp_path / "run.json").exists()
 
     def test_a_checkpoint_that_does_not_exist(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such checkpoint"):

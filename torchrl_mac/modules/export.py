@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def save_policy(
         the folder.
 
     Raises:
-        FileExistsError: if ``path`` is something else than an export.
+        FileExistsError: if ``path`` is, or has, something else than an export.
         TypeError: if a part of the actor is of a class that is not known.
 
     Examples:
@@ -65,6 +66,8 @@ def save_policy(
     path = Path(path)
     if path.exists() and not is_export(path):
         raise FileExistsError(f"{path} is not an exported policy: choose another folder.")
+    if others := sorted({file.name for file in path.glob("*")} - {CONFIG, WEIGHTS, SEAL}):
+        raise FileExistsError(f"{path} also has {others}: move that, or choose another folder.")
     described = describe_policy(actor, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as aside:
@@ -131,5 +134,6 @@ def describe_policy(
 
 def write_policy(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes what :func:`describe_policy` returned into a folder."""
-    save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)

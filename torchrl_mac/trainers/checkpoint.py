@@ -15,11 +15,12 @@ from torchrl.checkpoint import (
     CheckpointError,
     CheckpointLoadResult,
     CheckpointOptions,
-    StateDictCheckpointAdapter,
+    JSONCheckpointAdapter,
 )
 
-from torchrl_mac.modules.export import write_policy
-from torchrl_mac.utils.files import DamagedError, replaced, seal, verify
+from torchrl_mac.modules.export import CONFIG, WEIGHTS, write_policy
+from torchrl_mac.trainers.state_files import StateAdapter
+from torchrl_mac.utils.files import SEAL, DamagedError, replaced, seal, verify
 
 __all__ = [
     "HeldState",
@@ -34,15 +35,16 @@ class SealedCheckpoint(Checkpoint):
     """A TorchRL checkpoint that is safe on disk and whose every bit is vouched for.
 
     After :meth:`save` each file has been synced, and the last of them lists the sizes and SHA-256
-    hashes of all others. :meth:`load` verifies them first. No file is ever unpickled: tensors are
-    stored as plain numbers, everything else as JSON.
+    hashes of all others. :meth:`load` verifies them first, and that there is nothing else. No file
+    is ever unpickled: tensors are stored as plain numbers, everything else as JSON.
 
     Args:
         **components: what to save, by name: objects with ``state_dict`` and ``load_state_dict``,
             and values that JSON knows; see :class:`~torchrl.checkpoint.Checkpoint`.
 
     Raises:
-        CheckpointError: when loading, if a file is missing, damaged or not listed.
+        CheckpointError: when loading, if a file is missing, damaged, not listed, or of another
+            kind than a checkpoint has.
 
     Examples:
         >>> import tempfile
@@ -57,9 +59,9 @@ class SealedCheckpoint(Checkpoint):
     """
 
     def register(self, name: str, component: Any, **kwargs: Any) -> Checkpoint:
-        """Registers a component; one file holds all tensors of a state dict."""
+        """Registers a component; the tensors of a state dict are in one file."""
         if hasattr(component, "load_state_dict"):
-            kwargs.setdefault("adapter", StateDictCheckpointAdapter("consolidated"))
+            kwargs.setdefault("adapter", StateAdapter())
         return super().register(name, component, **kwargs)
 
     def save(
@@ -95,18 +97,34 @@ class SealedCheckpoint(Checkpoint):
         states = {
             name: HeldState()
             for name, record in records.items()
-            if record["adapter"] == StateDictCheckpointAdapter.adapter_id
+            if record["adapter"] == StateAdapter.adapter_id
         }
         Checkpoint.load(cls(**states), path, map_location="cpu")
         return {name: state.state_dict() for name, state in states.items()}
 
     @staticmethod
     def verify(path: str | Path) -> None:
-        """Raises an error that names the first file that is not as it was saved."""
+        """Raises an error that names the first file that is not as it was saved, or not its own.
+
+        The hashes tell what has changed, but not who wrote them: whatever a checkpoint of this kind
+        does not have, such as a pickle beside the weights, is refused as well.
+        """
+        path = Path(path)
         try:
-            verify(Path(path))
+            verify(path)
         except DamagedError as error:
             raise CheckpointError(str(error)) from error
+        folders: dict[Path, Collection[str]] = {path: {_MANIFEST, SEAL}}
+        for record in SealedCheckpoint.manifest(path)["components"].values():
+            folder = (path / record["path"]).resolve()
+            if record["adapter"] not in _FILES or folder.parent != (path / "components").resolve():
+                raise CheckpointError(f"{path} has a component of an unknown kind: {record}.")
+            folders[path / "components" / folder.name] = _FILES[record["adapter"]]
+        for file in path.rglob("*"):
+            if file.is_symlink() or not (
+                file.is_dir() or file.name in folders.get(file.parent, ())
+            ):
+                raise CheckpointError(f"{file} does not belong into a checkpoint.")
 
 
 class HeldState:
@@ -138,6 +156,14 @@ class PolicyAdapter(CheckpointAdapter):
 
     def load(self, component: Any, path: Path, **kwargs: Any) -> None:
         """Does nothing: :func:`~torchrl_mac.modules.load_policy` makes a new actor of it."""
+
+
+_MANIFEST = "manifest.json"
+_FILES = {  # of a component, by its adapter
+    StateAdapter.adapter_id: StateAdapter.files,
+    JSONCheckpointAdapter.adapter_id: {JSONCheckpointAdapter.state_filename},
+    PolicyAdapter.adapter_id: {CONFIG, WEIGHTS},
+}
 
 
 def on_host(state: Any) -> Any:

@@ -56,18 +56,21 @@ class EpisodeRunner:
         actor = copy.deepcopy(self.actor).cpu()
         return EpisodeRunner(self.make_env, actor, self.num_envs, self.replan_interval)
 
-    def run(self, seed: int, task_id: int | None = None) -> list[TensorDictBase]:
-        """One episode of each environment, of shape ``[T]``."""
+    def run(
+        self, seed: int, task_id: int | None = None, actor: ChunkActor | None = None
+    ) -> list[TensorDictBase]:
+        """One episode of each environment, of shape ``[T]``; with another actor, if given."""
+        actor = self.actor if actor is None else actor
         if self._env is None:
             self._env = TransformedEnv(SerialEnv(self.num_envs, self.make_env), InitTracker())
         policy = MultiStepActorWrapper(
-            self.actor,
-            n_steps=self.actor.chunk_size or 1,
-            action_keys=[self.actor.action_key],
+            actor,
+            n_steps=actor.chunk_size or 1,
+            action_keys=[actor.action_key],
             replan_interval=self.replan_interval,
         )
         self._env.set_seed(seed)
-        devices = {parameter.device for parameter in self.actor.parameters()}
+        devices = {parameter.device for parameter in actor.parameters()}
         with (
             torch.no_grad(),
             torch.random.fork_rng([device for device in devices if device.type == "cuda"]),
@@ -81,10 +84,13 @@ class EpisodeRunner:
                 _MAX_STEPS, policy, auto_reset=False, tensordict=start, break_when_all_done=True
             )
         # An environment that is done waits, repeating itself, for the others.
-        lengths = rollout["next", "done"].squeeze(-1).int().argmax(-1) + 1
+        done = rollout["next", "done"].squeeze(-1)
+        lengths = torch.where(done.any(-1), done.int().argmax(-1) + 1, done.shape[-1])
         return [episode[:n] for episode, n in zip(rollout.unbind(0), lengths.tolist(), strict=True)]
 
-    def measure(self, seed: int, task_id: int | None = None) -> list[tuple[float, float, float]]:
+    def measure(
+        self, seed: int, task_id: int | None = None, actor: ChunkActor | None = None
+    ) -> list[tuple[float, float, float]]:
         """Success, return and length of each episode."""
         return [
             (
@@ -92,7 +98,7 @@ class EpisodeRunner:
                 float(episode["next", "reward"].sum()),
                 float(len(episode)),
             )
-            for episode in self.run(seed, task_id)
+            for episode in self.run(seed, task_id, actor)
         ]
 
     def close(self) -> None:

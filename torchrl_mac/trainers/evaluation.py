@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
@@ -128,8 +129,8 @@ class EpisodeEvaluator:
             num_episodes (int, optional): as many, the first of all.
 
         Keyword Args:
-            state (dict, optional): the actor's state dict to evaluate instead, with
-                ``num_workers``: :attr:`Evaluation.state` of one that was cut off.
+            state (dict, optional): the actor's state dict to evaluate instead:
+                :attr:`Evaluation.state` of one that was cut off.
         """
         num_episodes = self.num_episodes if num_episodes is None else num_episodes
         seeds = np.random.SeedSequence(self.seed).generate_state(-(-num_episodes // self.num_envs))
@@ -145,18 +146,22 @@ class EpisodeEvaluator:
 
     def _run(self, seed: int, task_id: int | None, state: dict[str, Any] | None) -> Future:
         if self.num_workers == 0:
-            return self._run_here(seed, task_id)
+            return self._run_here(seed, task_id, state)
         if self._pool is None:
             self._pool = WorkerPool(
                 self.num_workers, partial(_Measure, self._runner.on_cpu()), timeout=self.timeout
             )
         return self._pool.submit(seed, task_id, state)
 
-    def _run_here(self, seed: int, task_id: int | None) -> Future:
+    def _run_here(self, seed: int, task_id: int | None, state: dict[str, Any] | None) -> Future:
         future: Future = Future()
+        actor = self.actor
+        if state is not None:
+            actor = copy.deepcopy(actor)
+            actor.load_state_dict(state)
         for is_last in (False, True):
             try:
-                future.set_result(self._runner.measure(seed, task_id))
+                future.set_result(self._runner.measure(seed, task_id, actor))
                 break
             except Exception as error:
                 self._runner.close()

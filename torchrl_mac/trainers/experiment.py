@@ -210,9 +210,14 @@ class Experiment(contextlib.AbstractContextManager):
     def _checkpoints(self) -> str:
         return "checkpoints" if self.is_first else f"checkpoints-rank{self.rank}"
 
-    def resume(self, trainer: PhaseTrainer) -> bool:
-        """Goes on with the checkpoint that the settings name, or the newest; if there is one."""
+    def resume(self, trainer: PhaseTrainer, name: str = "") -> bool:
+        """Goes on with the checkpoint that the settings name, or the newest; if there is one.
+
+        A named trainer goes on with checkpoints of its own name alone.
+        """
         chosen = self.folder.checkpoint
+        if chosen is not None and name and chosen.absolute().parent.name != name:
+            return False
         if chosen is not None and not self.is_first:  # its own beside the first one's
             chosen = chosen.parent.with_name(self._checkpoints) / chosen.name
         return trainer.resume(chosen)

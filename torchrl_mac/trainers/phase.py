@@ -236,19 +236,23 @@ class PhaseTraining(contextlib.AbstractContextManager):
         self.schedule.step()
         return metrics
 
+    @torch.no_grad()
+    def validate(self, buffer: Any) -> tuple[list[torch.Tensor], TensorDictBase]:
+        """The terms and metrics of another buffer's batch; training's random numbers stay."""
+        devices = {p.device for p in self.parameters.values() if p.is_cuda}
+        with torch.random.fork_rng(devices):
+            return self.update.compute(buffer.sample(self.phase.batch_size))
+
     def stops(self, updates: int, validation_buffer: Any) -> bool:
         """Validates, if it is time after ``updates`` of them; whether the phase stops early."""
         settings, stopping = self.phase.early_stopping, self.stopping
         if settings is None or stopping is None or updates % settings.interval:
             return False
         values = []
-        devices = {p.device for p in self.parameters.values() if p.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices):  # training's own numbers stay
-            for _ in range(settings.num_batches):
-                batch = validation_buffer.sample(self.phase.batch_size)
-                terms, metrics = self.update.compute(batch)
-                value = sum(terms) if settings.metric is None else metrics[settings.metric]
-                values.append(float(value))
+        for _ in range(settings.num_batches):
+            terms, metrics = self.validate(validation_buffer)
+            value = sum(terms) if settings.metric is None else metrics[settings.metric]
+            values.append(float(value))
         return stopping.note(fmean(values), self.parameters)
 
     def moments(self) -> dict[str, dict[str, Any]]:

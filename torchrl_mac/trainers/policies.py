@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torchrl_mac.modules import ChunkActor, load_export
 from torchrl_mac.modules.export import CONFIG, is_export
 from torchrl_mac.utils.files import DamagedError, read_json, verify
 
-__all__ = ["SCORES", "load_policy", "load_policy_and_metadata"]
+__all__ = ["SCORES", "load_policy", "load_policy_and_metadata", "read_scores"]
 
 SCORES = "scores.json"  # beside checkpoints: the success rate of some, by name
 
@@ -59,6 +60,23 @@ def load_policy_and_metadata(
     return load_export(_policy_folder(Path(path), which), device=device)
 
 
+def read_scores(checkpoints: Path) -> dict[str, float]:
+    """The scores beside checkpoints, of those that are there; what cannot be read is left out."""
+    path, names = checkpoints / SCORES, {it.name for it in checkpoints.glob("checkpoint-*")}
+    if not path.is_file():
+        return {}
+    try:
+        found = dict(read_json(path))
+    except (DamagedError, TypeError, ValueError) as error:
+        torchrl_logger.warning(f"{path} cannot be read, no checkpoint has a score: {error}")
+        return {}
+    return {
+        name: float(score)
+        for name, score in found.items()
+        if name in names and isinstance(score, int | float) and math.isfinite(score)
+    }
+
+
 def _policy_folder(path: Path, which: str) -> Path:
     """The folder with the actor's files, all of a checkpoint's files as they were saved."""
     if is_export(path):
@@ -76,8 +94,7 @@ def _policy_folder(path: Path, which: str) -> Path:
             "its checkpoints, or an exported policy."
         )
     if which == "best":
-        scores = checkpoints / SCORES
-        found = read_json(scores) if scores.is_file() else {}
+        found = read_scores(checkpoints)
         names = sorted(found, key=lambda name: (found[name], name))
         missing = f"No checkpoint in {checkpoints} has been evaluated."
     else:

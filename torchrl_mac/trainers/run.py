@@ -34,6 +34,7 @@ class RunFolder(contextlib.AbstractContextManager):
 
     Raises:
         RuntimeError: when entered, if another process runs in the folder.
+        FileExistsError: if the folder is not a run's and not empty.
         FileNotFoundError: if ``resume`` is a path and there is no checkpoint.
 
     Under ``torchrun`` the first process does this and the others wait for it.
@@ -90,18 +91,27 @@ class RunFolder(contextlib.AbstractContextManager):
                 "folder (hydra.run.dir=...)."
             ) from None
         known = (self.path / _IDENTITY).is_file()
+        if not known and (others := self._content()):
+            self._lock.release()
+            raise FileExistsError(
+                f"{self.path} is not a run, but has {sorted(path.name for path in others)[:5]}: "
+                "choose a folder that is empty or not there (hydra.run.dir=...)."
+            )
         if self.resume == "never" or not known:
             self._set_aside()
             write_json(self.path / _IDENTITY, {"id": uuid.uuid4().hex})
 
-    def _set_aside(self) -> None:
-        found = [
+    def _content(self) -> list[Path]:
+        """What is in the folder, but for what Hydra writes and earlier runs."""
+        return [
             path
             for path in self.path.iterdir()
             if path.name not in _OTHERS and path.suffix != ".log" and path != self.checkpoint
             if not path.name.startswith("earlier-")
         ]
-        if not found:
+
+    def _set_aside(self) -> None:
+        if not (found := self._content()):
             return
         number = 1
         while (earlier := self.path / f"earlier-{number}").exists():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 
@@ -23,17 +26,20 @@ from torchrl_mac.trainers.checkpoint import (
     is_finite,
     on_host,
 )
-from torchrl_mac.trainers.policies import SCORES
-from torchrl_mac.utils.files import read_json, recover, write_json
+from torchrl_mac.trainers.policies import SCORES, read_scores
+from torchrl_mac.trainers.state_files import num_bytes
+from torchrl_mac.utils.files import recover, write_json
 
 __all__ = ["RunCheckpoints"]
+
+_SPARE = 16 << 20  # bytes that a checkpoint leaves free on the disk
 
 
 class RunCheckpoints:
     """A folder of checkpoints, of which the newest, and the best, are kept.
 
     Training waits only while its state is copied to the host; a thread writes it. A checkpoint
-    that cannot be written, because the disk is full or the state is not finite, is reported and
+    that cannot be written, because the disk is full or parameters are not finite, is reported and
     takes no other with it.
 
     Args:
@@ -105,7 +111,8 @@ class RunCheckpoints:
 
     def expect(self, updates: int) -> None:
         """Keeps the checkpoint after ``updates`` updates until :meth:`record` tells its score."""
-        self._rotation.expected.add(updates)
+        with self._rotation.lock:
+            self._rotation.expected.add(updates)
 
     def best(self) -> Path | None:
         """The checkpoint that has been evaluated to be the best, if any has."""
@@ -118,7 +125,14 @@ class RunCheckpoints:
         idle = self._writing is None or self._writing.done()
         return idle and time.monotonic() - self._last_time >= self.interval_seconds
 
-    def save(self, updates: int, state: Mapping[str, Any], *, wait: bool = False) -> bool:
+    def save(
+        self,
+        updates: int,
+        state: Mapping[str, Any],
+        *,
+        parameters: Iterable[Tensor] = (),
+        wait: bool = False,
+    ) -> bool:
         """Copies ``state`` to the host and writes it in the background.
 
         Args:
@@ -126,6 +140,8 @@ class RunCheckpoints:
             state (mapping of str to state dict): the components.
 
         Keyword Args:
+            parameters (iterable of Tensor, optional): nothing is saved if one of them has a number
+                that is not finite.
             wait (bool, optional): return when the checkpoint is safe on disk, or has failed.
 
         Returns:
@@ -133,9 +149,9 @@ class RunCheckpoints:
         """
         self.wait()
         self._last_time = time.monotonic()
-        if not is_finite(state):
+        if not is_finite(list(parameters)):
             torchrl_logger.warning(
-                f"No checkpoint after {updates} updates: the state is not finite."
+                f"No checkpoint after {updates} updates: the parameters are not finite."
             )
             return False
         copy = on_host(dict(state))
@@ -147,7 +163,13 @@ class RunCheckpoints:
         checkpoint = SealedCheckpoint(**{name: HeldState(part) for name, part in state.items()})
         if policy is not None:
             checkpoint.register("policy", policy, adapter=PolicyAdapter())
+        needed, free = num_bytes(state), shutil.disk_usage(self._existing()).free
         try:
+            if free < needed + _SPARE:
+                raise OSError(errno.ENOSPC, f"{needed >> 20} MiB are needed, {free >> 20} are free")
+            for path in self.paths():  # another run's, that went on from an older one
+                if path.name > self._rotation.path(updates).name:
+                    self._rotation.set_aside(path, f"Newer than the one after {updates} updates.")
             self._rotation.save(checkpoint, step=updates, metadata={"config": self.config})
         except Exception as error:
             torchrl_logger.warning(
@@ -157,10 +179,15 @@ class RunCheckpoints:
             return False
         return True
 
+    def _existing(self) -> Path:
+        """The folder, or what there is of its path."""
+        return next(path for path in (self.folder, *self.folder.parents) if path.exists())
+
     def record(self, updates: int, metrics: Mapping[str, float]) -> None:
         """Notes what an evaluation of the parameters after ``updates`` updates has measured."""
         self.wait()
-        self._rotation.expected.discard(updates)
+        with self._rotation.lock:
+            self._rotation.expected.discard(updates)
         if self.keep_best in metrics:
             self._rotation.record(updates, metrics[self.keep_best])
 
@@ -252,6 +279,7 @@ class _Rotation(CheckpointRotation):
         super().__init__(directory, keep_last=keep_last)
         self._scores = self.directory / SCORES
         self.expected: set[int] = set()  # updates whose score will be known later
+        self.lock = threading.RLock()  # of what two threads touch
 
     def checkpoints(self) -> tuple[Path, ...]:
         folders = (path for path in self.directory.glob(f"{self.prefix}-*") if path.is_dir())
@@ -261,7 +289,7 @@ class _Rotation(CheckpointRotation):
         return self.directory / f"{self.prefix}-{step:012d}"
 
     def scores(self) -> dict[str, float]:
-        return read_json(self._scores) if self._scores.is_file() else {}
+        return read_scores(self.directory)
 
     def best(self) -> Path | None:
         scores = self.scores()
@@ -275,7 +303,8 @@ class _Rotation(CheckpointRotation):
             self.prune()
 
     def prune(self) -> tuple[Path, ...]:
-        kept = {self.best(), *map(self.path, self.expected)}
+        with self.lock:
+            kept = {self.best(), *map(self.path, self.expected)}
         removed = [path for path in self.checkpoints()[: -self.keep_last] if path not in kept]
         for path in removed:
             aside = path.with_name(f".{path.name}.removed")

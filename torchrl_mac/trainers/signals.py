@@ -67,10 +67,13 @@ class StopSignals:
 
     def interruptible(self, function: Callable[[], _T]) -> _T | None:
         """Calls what a signal may cut off; ``None`` if one has come."""
-        self._raises = True
         try:
-            return None if self else function()
-        except _Stopped:
-            return None
-        finally:
-            self._raises = False
+            try:
+                self._raises = True
+                return None if self else function()
+            finally:
+                self._raises = False
+        except BaseException:
+            if self:  # whatever the cleanup of what was cut off has made of it
+                return None
+            raise

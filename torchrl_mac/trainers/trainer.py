@@ -28,7 +28,7 @@ from torchrl_mac.trainers.postmortem import give_up
 from torchrl_mac.trainers.progress import Progress
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
 from torchrl_mac.trainers.signals import StopSignals
-from torchrl_mac.trainers.update import listed
+from torchrl_mac.trainers.update import listed, target_parameters
 
 __all__ = ["PhaseTrainer"]
 
@@ -160,19 +160,28 @@ class PhaseTrainer:
         """The number of updates that were made."""
         return self.progress.updates
 
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameters of all losses, target networks included, and Adam's moments of them."""
+        losses = self.losses.values()
+        found = [p for loss in losses for p in (*loss.parameters(), *target_parameters(loss))]
+        state = self._training.update.optimizer.state.values() if self._training else ()
+        return [*found, *(value for of in state for value in of.values())]
+
     def train(self) -> dict[str, float]:
         """Runs what is left of all phases.
 
         Returns:
             ``updates``, ``skipped_updates``, ``train_seconds`` (evaluation excluded), whether all
-            phases were ``compiled``, if they should be, and the last evaluation's metrics.
+            phases that were trained were ``compiled``, if they should be, and the last
+            evaluation's metrics.
 
         Raises:
             SystemExit: after SIGINT or SIGTERM, with code 130 or 143.
         """
         silent = not self.progress_bar
         bar = tqdm(total=self.num_updates, initial=self.progress.done, disable=silent)
-        compiled, metrics = True, {}
+        compiled: list[bool] = []
+        metrics = {}
         stop = StopSignals()
         stops = self.checkpoints is not None and not self.switches.get("distributed")
         with bar, stop if stops else contextlib.nullcontext():
@@ -186,7 +195,7 @@ class PhaseTrainer:
                     self._training = training
                     self._begin(training)
                     metrics = self._train_phase(training, stop, bar) or metrics
-                    compiled &= training.update.is_compiled
+                    compiled.append(training.update.is_compiled)
                     self.progress.skipped_updates += training.update.guard.read()["skipped"]
                     self._training = None
             if self._restored:  # of a finished run: what follows it draws on
@@ -199,8 +208,8 @@ class PhaseTrainer:
             "train_seconds": self.progress.train_seconds,
             **metrics,
         }
-        if self.switches.get("compile"):
-            result["compiled"] = compiled
+        if self.switches.get("compile") and compiled:  # a finished run compiles nothing
+            result["compiled"] = all(compiled)
         return result
 
     def _begin(self, training: PhaseTraining) -> None:
@@ -296,9 +305,7 @@ class PhaseTrainer:
                 f"{phase.name}: {skipped['skipped']} updates were not finite and left out."
             )
         if self.validation_buffer is not None:
-            with torch.no_grad():
-                validation = self.validation_buffer.sample(phase.batch_size)
-                found = means(update.compute(validation)[1])
+            found = means(training.validate(self.validation_buffer)[1])
             values |= {f"validation/{key}": value for key, value in found.items()}
         self.logs.log(values, self.updates)
         if skipped["in_a_row"] >= self.max_skipped:
@@ -307,7 +314,8 @@ class PhaseTrainer:
 
     def _save(self, *, wait: bool) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.save(self.updates, self.state_dict(), wait=wait)
+            state, parameters = self.state_dict(), self.parameters()
+            self.checkpoints.save(self.updates, state, parameters=parameters, wait=wait)
             if self._evaluation_due:
                 self.checkpoints.expect(self.updates)
 

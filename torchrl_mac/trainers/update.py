@@ -132,7 +132,9 @@ class LossUpdate:
         device = optimizer.param_groups[0]["params"][0].device
         self.guard = FiniteGuard(device, distributed=distributed)
         self._targets = [
-            target for updater in self.target_updaters for target in _targets(updater.loss_module)
+            target
+            for updater in self.target_updaters
+            for target in target_parameters(updater.loss_module)
         ]
         outputs = Counter(key for loss in self.losses.values() for key in loss.out_keys)
         self._shared_names = {key for key, count in outputs.items() if count > 1}
@@ -245,7 +247,7 @@ def named(losses: Mapping[str, LossModule] | Sequence[LossModule]) -> dict[str, 
     return found
 
 
-def _targets(loss: LossModule) -> list[torch.Tensor]:
+def target_parameters(loss: LossModule) -> list[torch.Tensor]:
     """The parameters of the target networks."""
     return [
         value
