@@ -1,14 +1,16 @@
 # `make run`: the main job, from nothing to a solved task. `make test`: the tests.
+# `make test-nightly`: the tests against TorchRL's development branch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NIGHTLY := .venv-nightly
 
 SEED ?= 0
 WORKERS ?= 2
 EPISODES ?= 160
 DATASET := cube-single-play-v0
 
-.PHONY: run test lint format setup renderer clean
+.PHONY: run test test-nightly lint format setup renderer clean
 
 run: setup renderer
 	$(BIN)/torchrl-mac-data generate $(DATASET) --episodes $(EPISODES) --seed 0 --workers $(WORKERS) --out data
@@ -16,6 +18,10 @@ run: setup renderer
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-nightly: $(NIGHTLY)/.installed
+	OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile \
+	  --upstream-failures test/nightly_failures.txt
 
 lint: setup
 	$(BIN)/ruff check
@@ -35,6 +41,15 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# As above, and then the nightly pair in the place of the releases, which it shares import names with.
+$(NIGHTLY)/.installed: setup.py constraints.txt constraints-nightly.txt
+	$(PYTHON) -m venv --clear $(NIGHTLY)
+	$(NIGHTLY)/bin/python -m pip install --quiet --upgrade pip
+	$(NIGHTLY)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(NIGHTLY)/bin/python -m pip uninstall --quiet --yes tensordict torchrl
+	$(NIGHTLY)/bin/python -m pip install --quiet --constraint constraints.txt --requirement constraints-nightly.txt
+	touch $@
+
 # Videos need an off-screen OpenGL. Without it everything else works.
 renderer:
 	@ldconfig -p 2>/dev/null | grep -q libEGL || \
@@ -43,4 +58,4 @@ renderer:
 	echo "No EGL library: no video. On Debian: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(NIGHTLY) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

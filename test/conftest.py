@@ -76,7 +76,17 @@ def write_npz(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--upstream-failures", help="a file of test ids that have to fail")
+
+
+def pytest_collection_modifyitems(config, items):
+    if path := config.getoption("upstream_failures"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        failures = {line for line in lines if line and not line.startswith("#")}
+        for item in items:
+            if item.nodeid in failures:
+                item.add_marker(pytest.mark.xfail(reason=f"see {path}", strict=True))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

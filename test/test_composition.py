@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchrl.objectives
 from assembly import Size, make_mac
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -20,6 +21,7 @@ from torchrl.objectives import IQLLoss, SoftUpdate, TD3BCLoss
 from torchrl_mac.envs import ChunkedWorldModelEnv
 from torchrl_mac.modules import (
     ChunkedWorldModel,
+    FlowMatchingPolicy,
     FlowRejectionActor,
     NormedMLP,
     OneStepPolicy,
@@ -42,18 +44,48 @@ def make_world_model(goal):
 
 
 def train(loss, sample, updates=20):
-    """TorchRL's plain training loop; returns the critic's losses."""
+    """TorchRL's plain training loop; returns the losses by name, each ``[updates]``."""
     updater = SoftUpdate(loss, tau=0.05)
     optimizer = torch.optim.Adam(loss.parameters(), 3e-3)
-    critic = []
+    history = []
     for _ in range(updates):
-        losses = loss(sample())
-        sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
+        out = loss(sample())
+        losses = TensorDict({key: out[key] for key in out.keys() if key.startswith("loss_")})
+        losses.sum(reduce=True).backward()
         optimizer.step()
         optimizer.zero_grad()
         updater.step()
-        critic.append(losses["loss_qvalue"].item())
-    return torch.tensor(critic)
+        history.append(losses.detach())
+    return torch.stack(history)
+
+
+def large_actions():
+    """A batch of one-step episodes that reward large actions."""
+    action = torch.rand(64, D) * 2 - 1
+    done = torch.ones(64, 1, dtype=torch.bool)
+    following = TensorDict(
+        observation=torch.randn(64, OBS),
+        reward=action.mean(-1, keepdim=True),
+        done=done,
+        terminated=done.clone(),
+    )
+    return TensorDict(
+        observation=torch.randn(64, OBS), action=action, next=following
+    ).auto_batch_size_(1)
+
+
+def check_likes_large_actions(actor, loss):
+    """The actor, with the critic that ``loss`` has trained, chooses what that likes best."""
+    td = TensorDict(observation=torch.randn(32, OBS), noise=torch.randn(32, 16, D))
+    td.auto_batch_size_(1)
+    with loss.qvalue_network_params[0].to_module(actor.qvalue_network):
+        chosen, candidates = actor(td.clone()), actor.candidates(td.clone())
+    assert torch.equal(
+        chosen["chosen_action_value"], candidates["state_action_value"].max(1).values
+    )
+    means = candidates["action"].flatten(2).mean(-1)
+    assert (chosen["action"].flatten(1).mean(-1) > means.mean(1)).float().mean() > 0.9
+    return chosen
 
 
 @pytest.mark.parametrize("goal", [False, True], ids=["single-task", "goal-conditioned"])
@@ -82,7 +114,7 @@ def test_imagination_feeds_td3_bc(goal):
                 4, tensordict=start, set_state=True, break_when_any_done=False
             ).reshape(-1)
 
-    critic = train(loss, imagine)
+    critic = train(loss, imagine)["loss_qvalue"]
     assert critic.isfinite().all()
     assert critic[-5:].mean() < critic[:5].mean()
 
@@ -100,27 +132,27 @@ def test_rejection_sampling_with_a_critic_of_iql():
     loss.make_value_estimator(gamma=0.9)
     policy = OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D)
     chooser = FlowRejectionActor(policy, qvalue, num_candidates=16)
+    train(loss, large_actions, 200)
+    check_likes_large_actions(chooser, loss)
 
-    def sample():
-        action = torch.rand(64, D) * 2 - 1
-        reward = action.mean(-1, keepdim=True)  # the critic should learn to like large actions
-        done = torch.ones(64, 1, dtype=torch.bool)
-        following = TensorDict(
-            observation=torch.randn(64, OBS), reward=reward, done=done, terminated=done
-        )
-        return TensorDict(
-            observation=torch.randn(64, OBS), action=action, next=following
-        ).auto_batch_size_(1)
 
-    train(loss, sample, 200)
-    td = TensorDict(observation=torch.randn(32, OBS), noise=torch.randn(32, 16, D))
-    td.auto_batch_size_(1)
-    with loss.qvalue_network_params[0].to_module(qvalue):
-        chosen, candidates = chooser(td.clone()), chooser.candidates(td.clone())
-    value = candidates["state_action_value"]
-    assert torch.equal(chosen["chosen_action_value"], value.max(1).values)
-    means = candidates["action"].mean(-1)
-    assert (chosen["action"].mean(-1) > means.mean(1)).float().mean() > 0.9
+@pytest.mark.skipif(
+    not hasattr(torchrl.objectives, "FQLLoss"), reason="this version of TorchRL has no FQLLoss"
+)
+def test_flow_q_learning_trains_our_policies():
+    """Upstream's loss on flat actions of a chunk; then our actor chooses with its critic."""
+    flow = FlowMatchingPolicy(NormedMLP(OBS + D + 1, D, CELLS), D, num_steps=4)
+    policy = OneStepPolicy(NormedMLP(OBS + D, D, CELLS), D)
+    qvalue = ValueOperator(NormedMLP(OBS + D, 1, CELLS), in_keys=["observation", "action"])
+    chooser = FlowRejectionActor(policy, qvalue, num_candidates=16, chunk_size=H)
+    loss = torchrl.objectives.FQLLoss(flow, policy, qvalue)
+    loss.make_value_estimator(gamma=0.9)
+    losses = train(loss, large_actions, 200)
+    assert set(losses.keys()) == {"loss_flow", "loss_actor", "loss_qvalue"}
+    for name, values in losses.items():
+        assert values.isfinite().all(), name
+        assert values[-20:].mean() < values[:20].mean(), name
+    assert check_likes_large_actions(chooser, loss)["action"].shape == (32, H, A)
 
 
 def test_hindsight_goals_train_our_losses():

@@ -23,9 +23,11 @@ _PACKAGES = ("torchrl_mac", "torch", "torchrl", "tensordict", "ogbench", "mujoco
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
+    installed = importlib.metadata.packages_distributions()  # a nightly build has its own name
     for package in _PACKAGES:
-        if importlib.util.find_spec(package) is not None:
-            found[package] = importlib.metadata.version(package)
+        if names := installed.get(package):
+            name = package if package in names else names[0]
+            found[package] = importlib.metadata.version(name)
     return found
 
 
