@@ -15,7 +15,7 @@ run: setup renderer
 	$(BIN)/python examples/mac.py preset=cpu seed=$(SEED)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check
