@@ -17,7 +17,7 @@ run: setup renderer
 	$(BIN)/python examples/mac.py preset=cpu seed=$(SEED)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-nightly: $(NIGHTLY)/.installed
 	OMP_NUM_THREADS=1 $(NIGHTLY)/bin/python -m pytest -n 2 --dist loadfile \

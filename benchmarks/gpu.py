@@ -18,6 +18,7 @@ import platform
 import time
 from pathlib import Path
 
+import bare  # noqa: F401  (before all that it stands in for)
 import torch
 from assembly import Size, make_batch
 from update import SIZES, make_update, measure

@@ -17,12 +17,12 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 
+import bare  # noqa: F401  (before all that it stands in for)
 import torch
+from assembly import Size, make_mac
 from tensordict import TensorDict
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,24 +30,13 @@ from torch.utils.flop_counter import flop_registry
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
-try:
-    import safetensors.torch  # noqa: F401
-    import tqdm  # noqa: F401
-except ImportError:  # a bare machine: there are no progress bars and no exports here
-    for name, parts in {"tqdm": ["tqdm"], "safetensors.torch": ["load_file", "save_file"]}.items():
-        stub = types.ModuleType(name)
-        vars(stub).update(dict.fromkeys([*parts, "__spec__"], object()))
-        sys.modules.setdefault(name, stub)
-
-from assembly import Size, make_mac
-
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
 from torchrl_mac.trainers import LossUpdate, make_adam
 
 SIZES = {
     "small": Size((256,) * 4, 256, 4),
     "paper": Size((1024,) * 4, 1024, 8),
-    "tiny": Size((32,) * 4, 16, 2, horizon=2, flow_steps=1),
+    "tiny": Size((32,) * 2, 16, 2, horizon=2, flow_steps=1),
 }
 
 

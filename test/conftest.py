@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,7 +32,8 @@ def processes() -> Any:
     It serves the package's own pools as well, as a process has one such server.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torchrl_mac.data", "torchrl_mac.datasets.episodes"])
+    preload = ["torchrl_mac.trainers.experiment", "torchrl_mac.datasets.episodes"]
+    context.set_forkserver_preload(["pytest", *preload])
     forkserver.ensure_running()
     return context
 
@@ -87,6 +89,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.nodeid in failures:
                 item.add_marker(pytest.mark.xfail(reason=f"see {path}", strict=True))
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])  # whole files: two workers end together
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

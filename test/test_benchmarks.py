@@ -51,7 +51,7 @@ def test_update():
     S, D = 28, 50
 
     def products(inputs, outputs):
-        return inputs * W + 3 * W * W + W * outputs
+        return inputs * W + W * W + W * outputs
 
     def trained(inputs, outputs):  # forward, and backward but for the input of the first layer
         return 3 * products(inputs, outputs) - inputs * W

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from assembly import Size, make_batch, make_mac
@@ -434,8 +436,15 @@ class TestUpdate:
                 torch.testing.assert_close(p.data, q.data - 0.1 * q.grad)
 
 
+@pytest.fixture
+def less_to_trace(monkeypatch):
+    """Loops of two turns and networks of one layer."""
+    size = dataclasses.replace(SIZE, cells=[8], horizon=2, flow_steps=2)
+    monkeypatch.setitem(globals(), "SIZE", size)
+
+
 @pytest.mark.parametrize("make", LOSSES)
-def test_compiled_equals_eager_over_three_steps(make):
+def test_compiled_equals_eager_over_three_steps(make, less_to_trace):
     torch._dynamo.reset()
     losses = []
     for _ in range(2):
@@ -455,7 +464,7 @@ def test_compiled_equals_eager_over_three_steps(make):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_imagination():
+def test_inductor_compiles_imagination(less_to_trace):
     torch._dynamo.reset()
     torch.manual_seed(0)
     loss, td = value_expansion(), batch()

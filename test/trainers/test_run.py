@@ -23,20 +23,22 @@ from torchrl_mac.trainers import JSONLinesLogger, Phase, RunCheckpoints, RunFold
 from torchrl_mac.trainers.signals import StopSignals
 
 
+def _stay(folder, pipe):
+    with RunFolder(folder):
+        pipe.send("in")
+        pipe.recv()
+
+
 class TestRunFolder:
-    def test_a_second_run_refuses(self, tmp_path):
-        code = (
-            "import sys; from torchrl_mac.trainers import RunFolder\n"
-            "with RunFolder(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, **pipes) as other:
-            assert other.stdout.readline() == "in\n"
-            with pytest.raises(RuntimeError, match=r"Another process runs in .*hydra.run.dir"):
-                RunFolder(tmp_path).__enter__()
-            other.kill()  # a dead process holds nothing
-            other.wait()
+    def test_a_second_run_refuses(self, tmp_path, processes):
+        ours, theirs = processes.Pipe()
+        other = processes.Process(target=_stay, args=(tmp_path, theirs))
+        other.start()
+        assert ours.recv() == "in"
+        with pytest.raises(RuntimeError, match=r"Another process runs in .*hydra.run.dir"):
+            RunFolder(tmp_path).__enter__()
+        other.kill()  # a dead process holds nothing
+        other.join()
         with RunFolder(tmp_path):
             pass
 
@@ -300,23 +302,16 @@ def seeded_hash(seed, prefetch):
 
 def test_a_seed_fixes_everything():
     """In two processes, and with batches drawn ahead in a thread."""
+    expected = seeded_hash(0, 0)
     folder = os.path.dirname(__file__)
     benchmarks = os.path.join(folder, "../../benchmarks")
     code = (
         f"import sys; sys.path[:0] = [{folder!r}, {benchmarks!r}]; "
-        "from test_run import seeded_hash; sys.stdout.write(seeded_hash(0, int(sys.argv[1])))"
+        "from test_run import seeded_hash; "
+        "print(*(seeded_hash(0, prefetch) for prefetch in (0, 1, 2)))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    hashes = {
-        prefetch: subprocess.run(
-            [sys.executable, "-c", code, str(prefetch)],
-            capture_output=True,
-            text=True,
-            env=env,
-            check=True,
-        ).stdout[-64:]
-        for prefetch in (0, 1, 2)
-    }
-    assert len(hashes[0]) == 64
-    assert hashes[1] == hashes[2] == hashes[0]
-    assert seeded_hash(1, 0) != hashes[0]
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert result.stdout.split()[-3:] == [expected] * 3
+    assert seeded_hash(1, 0) != expected

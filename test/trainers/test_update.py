@@ -6,19 +6,18 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from assembly import Size, make_batch, make_mac
 from torchrl.objectives import SoftUpdate
 
 from torchrl_mac.modules import NormedMLP
 from torchrl_mac.trainers import LossUpdate, make_adam
 
-OBS, H, A, N, K, B = 3, 2, 2, 4, 3, 8
+OBS, H, A, N, K, B = 3, 2, 2, 4, 2, 8
 EAGER = {"backend": "aot_eager"}  # one graph and its gradient, without generated code
 
 
 def size_of(width=16, batch=B):
-    return Size([width, width], batch, N, K, 2, OBS, A, H)
+    return Size([width], batch, N, K, 2, OBS, A, H)
 
 
 def make_update(width=16, **switches):
@@ -65,7 +64,11 @@ def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
     warnings = []
     monkeypatch.setattr("torchrl_mac.trainers.update.torchrl_logger.warning", warnings.append)
     torch._dynamo.reset()
-    eager, update = make_update(), make_update(compile={"backend": broken})
+    eager, update = (
+        LossUpdate([loss], torch.optim.Adam(loss.parameters()), compile=compile)
+        for compile in (False, {"backend": broken})
+        for loss in [make_update().losses["world_model"]]  # traced in seconds
+    )
     for step in range(3):
         torch.testing.assert_close(update(batch(step)), eager(batch(step)))
     assert len(warnings) == 1 and "no compiler here" in warnings[0]
@@ -153,9 +156,14 @@ def _rank(rank, port, path, compile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, EAGER])
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path, compile):
-    port = _free_port()
-    mp.spawn(_rank, (port, tmp_path / "parameters.pt", compile), nprocs=2)
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path, processes, compile):
+    args = _free_port(), tmp_path / "parameters.pt", compile
+    ranks = [processes.Process(target=_rank, args=(rank, *args)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
     alone = make_update()
     for step in range(5):
         alone(batch(step, 2 * B))
