@@ -123,6 +123,31 @@ def test_an_export_is_replaced_but_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "policy"]
 
 
+def test_files_beside_an_export_are_not_deleted(tmp_path):
+    folder = save_policy(make_actor(), tmp_path / "policy")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also has \['notes\.txt'\]"):
+        save_policy(make_actor(), folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    modes = {path.stat().st_mode for path in folder.glob("policy.*")}
+    assert len(modes) == 1  # whoever may read the one may read the other
+
+
+def test_a_link_at_the_staging_name_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine.txt").write_text("mine")
+    (tmp_path / ".policy.partial").symlink_to(tmp_path / "elsewhere")
+    load_policy(save_policy(make_actor(), tmp_path / "policy"))
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "policy").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["actor", "path", "metadata", "class"])
+def test_any_name_of_a_setting_will_do(tmp_path, name):
+    folder = save_policy(make_actor(), tmp_path / "policy", {name: 1})
+    assert load_policy_and_metadata(folder)[1] == {name: 1}
+
+
 def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     actor = make_actor()
     save_policy(actor, tmp_path / "policy")

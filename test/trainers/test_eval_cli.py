@@ -78,6 +78,27 @@ def test_errors(tmp_path, capsys):
     assert main(["--nonsense"]) == 2
 
 
+@pytest.mark.parametrize("harm", ["weights", "another actor", "keys", "device"])
+def test_whatever_is_wrong_ends_in_one_line(tmp_path, capsys, harm):
+    folder = save_policy(make_actor(0.0), tmp_path / "policy")
+    (folder / "hashes.json").unlink()  # it cannot tell
+    config, arguments = json.loads((folder / "policy.json").read_text()), []
+    if harm == "weights":
+        (folder / "policy.safetensors").write_bytes(b"{")
+    elif harm == "another actor":
+        config["actor"]["class"] = "Nonsense"
+    elif harm == "keys":
+        del config["actor"]["policy"]["network"]["num_cells"]
+        config["actor"]["policy"]["network"]["in_features"] = 1
+    elif torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    else:
+        arguments = ["--device", "cuda"]
+    (folder / "policy.json").write_text(json.dumps(config))
+    assert main([str(folder), "--task", TASK, *arguments]) in (1, 2)
+    assert capsys.readouterr().err.startswith("torchrl-mac-eval: ")
+
+
 @pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs an off-screen renderer")
 def test_the_program_renders_off_screen():
     program = Path(sys.executable).with_name("torchrl-mac-eval")
