@@ -10,6 +10,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 DATASETS = README.parent / "docs" / "datasets.md"
+COMPOSITION = README.parent / "docs" / "composition.md"
 
 
 def python_blocks(path):
@@ -38,20 +39,37 @@ def test_readme(tmp_path, monkeypatch):
     assert names["rollout"].shape == (256, 10)
 
 
-def test_own_data(tmp_path, monkeypatch):
+def write_robot(folder):
     np.savez(
-        tmp_path / "robot.npz",
-        observations=np.random.rand(60, 3).astype(np.float32),
+        folder / "robot.npz",
+        observations=np.random.rand(60, 2).astype(np.float32),
         actions=np.zeros((60, 2), np.float32),
         rewards=np.ones(60, np.float32),
         terminals=np.zeros(60, bool),
         timeouts=np.arange(60) % 20 == 19,
     )
+
+
+def test_own_data(tmp_path, monkeypatch):
+    write_robot(tmp_path)
     monkeypatch.chdir(tmp_path)
     (block,) = python_blocks(DATASETS)
     names: dict = {}
     exec(compile(block, str(DATASETS), "exec"), names)
     assert names["batch"]["action"].shape == (256, 10, 2)
+
+
+def test_composition(tmp_path, monkeypatch):
+    write_robot(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(COMPOSITION)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(COMPOSITION), "exec"), names)
+    assert names["batch"]["action"].shape == (256, 10)
+    assert names["chunk"].shape == (256, 5, 2) and names["value"].shape == (256, 1)
+    assert names["rollout"]["action"].shape == (2, 10)
 
 
 def test_readme_names_files_that_exist():

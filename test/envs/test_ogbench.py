@@ -11,11 +11,21 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torchrl.envs import InitTracker, MultiAction, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.data import Unbounded
+from torchrl.envs import (
+    InitTracker,
+    MultiAction,
+    ParallelEnv,
+    SerialEnv,
+    TransformedEnv,
+    default_info_dict_reader,
+)
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules.tensordict_module.actors import MultiStepActorWrapper
 
+from torchrl_mac.datasets import OGBenchName
 from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.envs import ogbench as module
 
 ogbench = pytest.importorskip("ogbench")
 
@@ -260,6 +270,74 @@ class TestBatched:
         assert len(calls) == 3
 
 
+class TestInfo:
+    @pytest.mark.parametrize("name", [MAZE, MAZE_SINGLE, CUBE, "puzzle-3x3-play-v0"])
+    def test_all_of_it(self, name):
+        env = OGBenchEnv(name)
+        own = env.observation_spec.clone()
+        env = env.auto_register_info_dict()
+        check_env_specs(env)
+        rollout = env.rollout(3)
+        assert rollout["next", "qpos"].dtype == torch.float64
+        assert rollout["next", "qpos"].diff(dim=0).abs().max() > 0
+        for key, spec in own.items():
+            assert env.observation_spec[key] == spec
+            assert rollout["next", key].dtype == spec.dtype
+
+    def test_some_of_it(self):
+        env, plain = OGBenchEnv(CUBE), OGBenchEnv(CUBE)
+        size = env._env.unwrapped.model.nq
+        reader = default_info_dict_reader(["qpos"], spec=[Unbounded(size, dtype=torch.float64)])
+        env.set_info_dict_reader(reader)
+        check_env_specs(env)
+        env.set_seed(0)
+        plain.set_seed(0)
+        (ours,), (theirs,) = play(env, episodes=1), play(plain, episodes=1)
+        assert torch.equal(ours["next", "qpos"][:-1], ours["qpos"][1:])
+        assert (ours["next", "qpos"][-1] == torch.as_tensor(env._env.unwrapped.data.qpos)).all()
+        assert (ours.exclude("qpos", ("next", "qpos")) == theirs).all()
+
+    @pytest.mark.parametrize("name", [MAZE, CUBE_SINGLE])
+    def test_what_is_there_already(self, name):
+        """Not even a reader of ``"success"``, a Python bool, or of the goal changes an entry."""
+        env, plain = OGBenchEnv(name), OGBenchEnv(name)
+        keys = [key for key in ("success", "goal") if key in plain.observation_spec.keys()]
+        env.set_info_dict_reader(default_info_dict_reader(keys))
+        check_env_specs(env)
+        assert env.observation_spec == plain.observation_spec
+        env.set_seed(0)
+        plain.set_seed(0)
+        assert (play(env, episodes=1)[0] == play(plain, episodes=1)[0]).all()
+
+    def test_a_function(self):
+        env, seen = OGBenchEnv(MAZE), []
+        env.set_info_dict_reader(lambda info, td: seen.append(sorted(info)) or td)
+        env.rollout(1)
+        assert seen == [["goal", "success"], sorted({*seen[1], "goal", "success", "qpos", "xy"})]
+
+
+class TestNames:
+    def test_available_envs(self):
+        names = OGBenchEnv.available_envs
+        assert len(names) == len(set(names))
+        assert {MAZE, MAZE_SINGLE, CUBE, CUBE_SINGLE, "antmaze-large-explore-v0"} <= set(names)
+        assert "cube-single-play-oraclerep-v0" in names
+        registered = set(importlib.import_module("gymnasium").registry)
+        for name in names:
+            parsed = OGBenchName.parse(name)
+            assert str(parsed) == name and parsed.env_id in registered
+        for name in names[:: len(names) // 4]:
+            OGBenchEnv(name).close()
+
+    def test_none_without_ogbench(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert OGBenchEnv.available_envs == []
+
+    def test_a_batch_is_made_elsewhere(self):
+        with pytest.raises(ValueError, match=r"num_envs=2.*SerialEnv\(2"):
+            OGBenchEnv(MAZE, num_envs=2)
+
+
 class TestPixels:
     def test_backend_error(self, monkeypatch):
         import mujoco
@@ -280,6 +358,30 @@ class TestPixels:
 
         monkeypatch.setattr(env._env.unwrapped, "render", fail)
         assert "pixels" not in env.rollout(2)
+
+    @pytest.mark.parametrize("name", [MAZE, CUBE_SINGLE])
+    def test_pixels_only(self, name, monkeypatch):
+        make = module._make_env
+
+        def make_painted(*args):
+            env = make(*args)
+            frame = np.full((4, 6, 3), 9, np.uint8)
+            monkeypatch.setattr(env.unwrapped, "render", lambda: frame)
+            return env
+
+        monkeypatch.setattr(module, "_check_rendering", lambda: None)
+        monkeypatch.setattr(module, "_make_env", make_painted)
+        env = OGBenchEnv(name, from_pixels=True, pixels_only=True)
+        check_env_specs(env)
+        frames = {"pixels"} if name == CUBE_SINGLE else {"pixels", "goal_pixels"}
+        assert set(env.observation_spec.keys()) == {*frames, "success"}
+        both = OGBenchEnv(name, from_pixels=True)
+        assert {"observation", *frames} <= set(both.observation_spec.keys())
+        assert env.rollout(2)["next", "pixels"].shape == (2, 4, 6, 3)
+
+    def test_pixels_only_needs_pixels(self):
+        with pytest.raises(ValueError, match="pixels_only=True needs from_pixels=True"):
+            OGBenchEnv(MAZE, pixels_only=True)
 
     @pytest.mark.slow
     @pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="needs EGL")

@@ -46,7 +46,8 @@ def imagine(
 
     Returns:
         the rollout ``[*, H]``, in the layout of :meth:`~torchrl.envs.EnvBase.rollout`. All steps
-        are imagined, whether or not one before them has ended the task.
+        are imagined, whether or not one before them has ended the task. What ``select_out_keys``
+        of the model has left out is left out.
 
     Examples:
         >>> import torch
@@ -64,7 +65,13 @@ def imagine(
     """
     kept = list(start.keys(True, True))
     in_parts = isinstance(world_model, WorldModelBase)
-    predict = world_model.predict_state if in_parts else world_model
+
+    def predict(step: TensorDictBase) -> TensorDictBase:
+        if in_parts:
+            return world_model.predict_state(step)
+        # A module with selected out_keys drops all entries that it does not know.
+        return step.update(world_model(step.copy()))
+
     state, dim, steps = start.copy(), start.ndim, []
     for k in range(horizon):
         if noise is not None:
@@ -73,4 +80,8 @@ def imagine(
         steps.append(step)
         state = step_mdp(step).select(*kept)
     rollout: TensorDictBase = torch.stack(steps, -1)
-    return world_model.predict_outcome(rollout) if in_parts else rollout
+    if not in_parts:
+        return rollout
+    rollout = world_model.predict_outcome(rollout)
+    left_out = [key for key in world_model.out_keys_source if key not in world_model.out_keys]
+    return rollout.exclude(*left_out) if left_out else rollout

@@ -15,8 +15,10 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import GymWrapper
+from torchrl.envs.gym_like import BaseInfoDictReader
+from torchrl.envs.utils import _classproperty
 
-from torchrl_mac.datasets.names import NUM_TASKS, OGBenchName
+from torchrl_mac.datasets.names import MANIPULATION_ENVS, MAZE_ENVS, NUM_TASKS, OGBenchName
 
 if TYPE_CHECKING:
     import gymnasium
@@ -40,6 +42,8 @@ class OGBenchEnv(GymWrapper):
             ``task_id`` beside it must agree.
         from_pixels (bool, optional): whether a frame is rendered at each step. Defaults to
             ``False``, which never touches OpenGL.
+        pixels_only (bool, optional): whether frames take the place of ``"observation"`` and
+            ``"goal"``. Defaults to ``False``.
         env_kwargs (dict, optional): keyword arguments of the OGBench environment, such as
             ``{"width": 64, "height": 64}`` or ``{"success_timing": "post"}``.
         **kwargs: keyword arguments of :class:`~torchrl.envs.GymWrapper`, such as ``device``.
@@ -57,13 +61,18 @@ class OGBenchEnv(GymWrapper):
     and step also ``"reward"`` float32 ``[1]`` and ``"terminated"``, ``"truncated"`` (OGBench's time
     limit) and ``"done"``, bool ``[1]``.
 
+    OGBench's ``info``, such as ``"qpos"``, is there for readers, as with any Gymnasium environment:
+    ``env = env.auto_register_info_dict()`` writes all of it, :meth:`set_info_dict_reader` what one
+    wants. Readers do not change the entries above. :attr:`available_envs` lists all names.
+
     After :meth:`set_seed` starts, goals, drawn tasks and transitions all repeat, over any number of
     episodes: the environment draws from random streams of its own, so it neither feels nor disturbs
     NumPy's global generator.
 
     Raises:
         ImportError: if ``ogbench`` is not installed.
-        ValueError: if the name or the task does not exist, or if they contradict each other.
+        ValueError: if the name or the task does not exist, or if they contradict each other; for
+            ``pixels_only`` without ``from_pixels``; for ``num_envs``, as this is one environment.
         RuntimeError: if ``from_pixels`` finds neither a display nor an off-screen backend
             (``MUJOCO_GL``).
 
@@ -82,6 +91,7 @@ class OGBenchEnv(GymWrapper):
         *,
         task_id: int | None = None,
         from_pixels: bool = False,
+        pixels_only: bool = False,
         env_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,7 +101,15 @@ class OGBenchEnv(GymWrapper):
             raise ValueError(
                 f"task_id must be between 1 and {NUM_TASKS} (or None), got {task_id} for {name}."
             )
-        if importlib.util.find_spec("ogbench") is None:
+        if "num_envs" in kwargs:
+            number = kwargs["num_envs"]
+            raise ValueError(
+                f"OGBenchEnv is one environment and takes no num_envs={number}: make a batch with "
+                f"SerialEnv({number}, partial(OGBenchEnv, {str(name)!r})) or a ParallelEnv."
+            )
+        if pixels_only and not from_pixels:
+            raise ValueError("pixels_only=True needs from_pixels=True.")
+        if not _is_installed():
             raise ImportError("OGBenchEnv needs OGBench: pip install 'ogbench>=1.2'.")
         if from_pixels:
             _check_rendering()
@@ -101,7 +119,7 @@ class OGBenchEnv(GymWrapper):
             self._options["render_goal"] = True
         self._goal: np.ndarray | None = None
         self._goal_pixels: np.ndarray | None = None
-        self._render = from_pixels
+        self._render, self._pixels_only = from_pixels, pixels_only
         self._numpy_state = np.random.RandomState().get_state(legacy=False)
         with self._own_numpy_random():
             env = _make_env(name, dict(env_kwargs or {}))
@@ -111,6 +129,20 @@ class OGBenchEnv(GymWrapper):
                 f"task_id={task_id} contradicts {str(name)!r}, which is task {self.task_id}: "
                 "a single-task environment's task is in its name."
             )
+
+    @_classproperty
+    def available_envs(cls) -> list[str]:
+        """The names of OGBench's state-based datasets and their tasks; none without OGBench."""
+        return [str(name) for name in _names()] if _is_installed() else []
+
+    def set_info_dict_reader(
+        self, info_dict_reader: BaseInfoDictReader | None = None, ignore_private: bool = True
+    ) -> OGBenchEnv:
+        """Adds a reader of OGBench's ``info``; see :class:`~torchrl.envs.GymWrapper`."""
+        own: Composite = self.full_observation_spec.clone()
+        super().set_info_dict_reader(info_dict_reader, ignore_private)
+        self.observation_spec = self.full_observation_spec.clone().update(own)
+        return self
 
     @property
     def name(self) -> OGBenchName:
@@ -161,23 +193,37 @@ class OGBenchEnv(GymWrapper):
         if self._name.mode != "singletask":
             self._goal = info["goal"]
             self._goal_pixels = info.get("goal_rendered")
-        return self._entries(observation, success=False), None
+        entries = self._entries(observation, success=False)
+        return entries, self._info(info, success=False)
 
     def _output_transform(self, step_outputs_tuple: tuple) -> tuple:
         observation, reward, terminated, truncated, info = step_outputs_tuple
-        terminated, truncated = bool(terminated), bool(truncated)
-        entries = self._entries(observation, success=bool(info["success"]))
-        return entries, reward, terminated, truncated, terminated or truncated, None
+        terminated, truncated, success = bool(terminated), bool(truncated), bool(info["success"])
+        entries = self._entries(observation, success=success)
+        info = self._info(info, success=success)
+        return entries, reward, terminated, truncated, terminated or truncated, info
 
     def _entries(self, observation: np.ndarray, *, success: bool) -> dict[str, Any]:
-        entries = {"observation": observation, "success": np.array([success])}
-        if self._goal is not None:
-            entries["goal"] = self._goal
+        entries: dict[str, Any] = {"success": np.array([success])}
+        if not self._pixels_only:
+            entries["observation"] = observation
+            if self._goal is not None:
+                entries["goal"] = self._goal
         if self._render:
             entries["pixels"] = self._env.unwrapped.render()
             if self._goal_pixels is not None:
                 entries["goal_pixels"] = self._goal_pixels
         return entries
+
+    def _info(self, info: Mapping[str, Any], *, success: bool) -> dict[str, np.ndarray] | None:
+        # TorchRL's readers want arrays. Where they read what is an entry here, they find the same.
+        if not self.info_dict_reader:
+            return None
+        arrays = {key: np.asarray(value) for key, value in info.items() if value is not None}
+        arrays["success"] = np.array([success])
+        if self._goal is not None:
+            arrays["goal"] = np.asarray(self._goal, np.float32)
+        return arrays
 
     def _set_seed(self, seed: int | None) -> None:
         env = self._env.unwrapped
@@ -197,6 +243,22 @@ class OGBenchEnv(GymWrapper):
         finally:
             self._numpy_state = np.random.get_state(legacy=False)
             np.random.set_state(outer)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("ogbench") is not None
+
+
+def _names() -> Iterator[OGBenchName]:
+    for env in (*MANIPULATION_ENVS, *MAZE_ENVS):
+        behaviours = ["play", "noisy"] if env in MANIPULATION_ENVS else ["navigate", "stitch"]
+        if env.startswith("antmaze") and not env.endswith("giant"):
+            behaviours.append("explore")
+        for behaviour in behaviours:
+            yield OGBenchName(env, behaviour)
+            yield OGBenchName(env, behaviour, "oraclerep")
+            for task_id in (None, *range(1, NUM_TASKS + 1)):
+                yield OGBenchName(env, behaviour, "singletask", task_id)
 
 
 def _make_env(name: OGBenchName, env_kwargs: dict[str, Any]) -> gymnasium.Env:

@@ -29,6 +29,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         observation_spec (TensorSpec): the observation ``[O]``, or a
             :class:`~torchrl.data.Composite` with the observation and further entries. Entries
             that the model does not predict, such as a goal, are carried over from step to step.
+            The environment's own spec puts no bounds on the observation: predictions leave them.
         action_spec (TensorSpec): one action ``[A]``; the environment's own is ``[h, A]``.
 
     Keyword Args:
@@ -36,7 +37,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         reset_from (TensorDictBase or callable, optional): where :meth:`reset` takes start states
             from: a tensordict ``[N]`` of states to draw from, or a function of ``n`` that returns
             a tensordict ``[n]``, such as ``replay_buffer.sample``. Defaults to random entries of
-            ``observation_spec``.
+            ``observation_spec``, within its bounds.
         success_key (NestedKey, optional): the entry of ``observation_spec``, if it is there, that
             repeats ``terminated``. Defaults to ``"success"``.
         device (torch.device, optional): where the model is moved to and the data expected.
@@ -44,9 +45,16 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         batch_size (sequence of int, optional): if not empty, the only batch size accepted.
             Defaults to ``()``.
 
-    A step writes the observation ``[*, O]``, the reward ``[*, 1]`` and ``terminated`` and ``done``
-    (bool ``[*, 1]``). To imagine from given states, pass ``set_state=True``; mind that TorchRL's
-    ``reset`` and ``rollout`` write into the tensordict they are given.
+    After :meth:`set_seed` resets repeat, whatever else draws random numbers; before, they draw from
+    PyTorch's global generator. A function in ``reset_from`` cannot be seeded from here: it repeats
+    if it draws from a generator that you have seeded, as a replay buffer's ``generator``.
+
+    A step writes the observation ``[*, O]``, the reward ``[*, 1]``, of the observation's type, and
+    ``terminated`` and ``done`` (bool ``[*, 1]``). It writes all of them even if the model's
+    ``out_keys`` are fewer (``select_out_keys``).
+
+    To imagine from given states, pass ``set_state=True``; mind that TorchRL's ``reset`` and
+    ``rollout`` write into the tensordict they are given.
 
     Raises:
         ValueError: if ``chunk_size`` is smaller than 1.
@@ -100,7 +108,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
             raise KeyError(
                 f"The world model reads {observation_key!r}, but observation_spec has {entries}."
             )
-        self._generator = torch.Generator()
+        self._generator: torch.Generator | None = None  # the global one
         self._reset_from = reset_from
         self._predicted_keys = [observation_key, reward_key, done_key, terminated_key]
         self._success_key = unravel_key(success_key)
@@ -111,6 +119,13 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
             spec = spec.expand(*self.batch_size, *spec.shape)
             return spec if device is None else spec.to(device)
 
+        self._start_spec = batched(observation_spec)
+        observation = observation_spec[observation_key]
+        observation_spec = observation_spec.clone()
+        observation_spec[observation_key] = unbounded(observation)
+        dtype = observation.dtype
+        self._reward_dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+        reward = Unbounded(1, dtype=self._reward_dtype)
         flag = Categorical(2, shape=(1,), dtype=torch.bool)
         self.observation_spec = batched(observation_spec)
         self.state_spec = batched(
@@ -119,7 +134,7 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
         self.full_action_spec = batched(
             Composite({world_model.action_key: action_spec.expand(chunk_size, *action_spec.shape)})
         )
-        self.full_reward_spec = batched(Composite({reward_key: Unbounded(1)}))
+        self.full_reward_spec = batched(Composite({reward_key: reward}))
         self.full_done_spec = batched(
             Composite({done_key: flag}).update(Composite({terminated_key: flag.clone()}))
         )
@@ -140,7 +155,11 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         inputs = tensordict.select(*self.world_model.in_keys)
-        prediction = self.world_model(inputs).get("next").select(*self._predicted_keys)
+        # In its two parts the model says all it knows, whatever its out_keys select.
+        outcome = self.world_model.predict_outcome(self.world_model.predict_state(inputs))
+        prediction = outcome.get("next").select(*self._predicted_keys)
+        reward_key = self._predicted_keys[1]
+        prediction.set(reward_key, prediction.get(reward_key).to(self._reward_dtype))
         next_tensordict = tensordict.select(*self._state_keys).update(prediction)
         if self._has_success:
             terminated = prediction.get(self._predicted_keys[-1])
@@ -167,13 +186,28 @@ class ChunkedWorldModelEnv(ModelBasedEnvBase):
 
     def _start(self, shape: torch.Size) -> TensorDictBase:
         if self._reset_from is None:
-            return self.observation_spec.rand(shape[: len(shape) - len(self.batch_size)])
+            return self._random_start(shape[: len(shape) - len(self.batch_size)])
         if callable(self._reset_from):
             return self._reset_from(shape.numel()).reshape(shape)
         return self._reset_from[
             torch.randint(len(self._reset_from), shape, generator=self._generator)
         ]
 
+    def _random_start(self, shape: torch.Size) -> TensorDictBase:
+        if self._generator is None:
+            return self._start_spec.rand(shape)
+        # Specs draw from the global generator of their device: lend them the CPU's.
+        device = self._start_spec[self._predicted_keys[0]].device
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            start = self._start_spec.to("cpu").rand(shape)
+        return start.to(device).clear_device_()
+
     def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+
+def unbounded(spec: TensorSpec) -> TensorSpec:
+    """A spec of the same shape, type and device, without bounds: those of reality do not hold."""
+    return Unbounded(spec.shape, dtype=spec.dtype, device=spec.device)

@@ -7,11 +7,16 @@ from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import Composite
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
+from torchrl_mac.envs.world_model_env import unbounded
 from torchrl_mac.modules import WorldModelBase
 
 __all__ = ["ChunkedWorldModelTransform"]
 
 _PREDICTION = "_world_model_prediction"
+_NO_PARENT = (
+    "class {} cannot be executed without a parent environment: append it to a TransformedEnv. To "
+    "imagine from stored data, use torchrl_mac.envs.imagine() or ChunkedWorldModelEnv."
+)
 
 
 class ChunkedWorldModelTransform(Transform):
@@ -19,7 +24,8 @@ class ChunkedWorldModelTransform(Transform):
 
     ``TransformedEnv(env, ChunkedWorldModelTransform(world_model, chunk_size=h))`` has the
     specs, reset states and keys of ``env``, but its actions are chunks ``[h, A]`` and its steps
-    come from ``world_model``; the simulator is reset and never stepped. It takes the place of
+    come from ``world_model``; the simulator is reset and never stepped. Observation and reward lose
+    their bounds, if they have any: predictions leave them. It takes the place of
     ``MultiAction(stack_rewards=False)``, which plays the same chunks in reality.
 
     Args:
@@ -34,10 +40,12 @@ class ChunkedWorldModelTransform(Transform):
         success_key (NestedKey, optional): the observation entry, if there is one, that repeats
             ``terminated`` in imagination. Defaults to ``"success"``.
 
-    The model writes the observation, the reward and ``terminated``; ``done`` is ``terminated`` or
-    ``truncated``. The environment's time limit does not run in imagination (``truncated`` is
-    ``False``, unless another transform, such as :class:`~torchrl.envs.StepCounter`, sets it), and
-    its other observation entries, such as a goal, keep their values.
+    The model writes the observation, the reward (cast to the environment's type) and
+    ``terminated``, even if its ``out_keys`` are fewer (``select_out_keys``); ``done`` is
+    ``terminated`` or ``truncated``. The environment's time limit does not run in imagination
+    (``truncated`` is ``False``, unless another transform, such as
+    :class:`~torchrl.envs.StepCounter`, sets it), and its other observation entries, such as a goal,
+    keep their values.
 
     Transforms may stand on both sides in a :class:`~torchrl.envs.Compose`. Those before this one,
     such as :class:`~torchrl.envs.ObservationNorm`, shape what the model sees and are shown zeros
@@ -49,6 +57,7 @@ class ChunkedWorldModelTransform(Transform):
         ValueError: if ``chunk_size`` is smaller than 1.
         KeyError: when the specs are read, if the environment lacks entries that the model reads or
             writes.
+        RuntimeError: when used without an environment, such as in a replay buffer.
 
     Examples:
         >>> from torchrl.envs import TransformedEnv
@@ -90,27 +99,40 @@ class ChunkedWorldModelTransform(Transform):
     def set_container(self, container: Transform | EnvBase) -> None:
         """Attaches the transform and puts the container's simulator to rest."""
         super().set_container(container)
-        try:
-            env = self.container
-        except ValueError:  # a Compose that has no environment yet; it will attach us again
-            return
+        env = self._environment  # a Compose may have none yet; it will attach us again
         if env is not None and not isinstance(env.base_env, _RestingEnv):
             env.base_env = _RestingEnv(env.base_env)
             self.empty_cache()
+
+    @property
+    def _environment(self) -> EnvBase | None:
+        try:
+            return self.container
+        except ValueError:  # a Compose without an environment
+            return None
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Is refused: outside an environment there are no steps to answer."""
+        raise RuntimeError(_NO_PARENT.format(type(self)))
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         # Predict on the way in: here the action is what the policy gave, before the transforms
         # that stand before this one turn it into the simulator's. TransformedEnv works on a
         # shallow copy, so the entry does not outlive the step.
+        if self._environment is None:
+            raise RuntimeError(_NO_PARENT.format(type(self)))
         inputs = tensordict.select(*self.world_model.in_keys)
-        return tensordict.set(_PREDICTION, self.world_model(inputs).get("next"))
+        # In its two parts the model says all it knows, whatever its out_keys select.
+        outcome = self.world_model.predict_outcome(self.world_model.predict_state(inputs))
+        return tensordict.set(_PREDICTION, outcome.get("next"))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         unchanged = tensordict.select(*self.container.base_env.observation_keys, strict=False)
         prediction = tensordict.get(_PREDICTION).select(
             self.observation_key, self.reward_key, self.terminated_key
         )
-        next_tensordict.update(unchanged).update(prediction)
+        reward = prediction.get(self.reward_key).to(next_tensordict.get(self.reward_key).dtype)
+        next_tensordict.update(unchanged).update(prediction).set(self.reward_key, reward)
         terminated = next_tensordict.get(self.terminated_key)
         truncated = next_tensordict.get(self.truncated_key, None)
         done = terminated.clone() if truncated is None else terminated | truncated
@@ -128,13 +150,15 @@ class ChunkedWorldModelTransform(Transform):
         return action_spec
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Leaves the observations as they are."""
+        """Takes the bounds off the observation that is predicted."""
         self._check(observation_spec, [self.observation_key])
+        observation_spec[self.observation_key] = unbounded(observation_spec[self.observation_key])
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        """Leaves the reward as it is."""
+        """Takes the bounds off the reward."""
         self._check(reward_spec, [self.reward_key])
+        reward_spec[self.reward_key] = unbounded(reward_spec[self.reward_key])
         return reward_spec
 
     def transform_done_spec(self, done_spec: Composite) -> Composite:

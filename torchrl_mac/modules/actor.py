@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs.transforms import Transform
@@ -20,6 +20,9 @@ class ChunkActor(TensorDictModuleBase, Configurable):
 
     A subclass writes ``action_key`` in its ``forward``, lists ``in_keys`` and ``out_keys``, and
     returns its own arguments, beside those here, from :meth:`config`.
+
+    An actor takes a tensordict, or tensors by the names of its ``in_keys`` and the noise's:
+    ``actor(observation=..., goal=...)`` returns the tensors of its ``out_keys``.
 
     Keyword Args:
         chunk_size (int, optional): the number of actions h in a chunk: a policy's ``[*, h * A]`` is
@@ -66,6 +69,11 @@ class ChunkActor(TensorDictModuleBase, Configurable):
         names = [name for name in config if name.endswith("_key")]
         return cls(**{**config, **{name: as_key(config[name]) for name in names}})
 
+    @property
+    def _read_keys(self) -> list[NestedKey]:
+        # What dispatch takes as tensors: noise is read, but need not be there.
+        return [*self.in_keys, self.noise_key]
+
     def _read(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the actor reads, transformed."""
         inputs = tensordict.select(*self.in_keys)
@@ -110,6 +118,7 @@ class PolicyActor(ChunkActor):
         """The constructor's arguments."""
         return {"policy": self.policy, **super().config()}
 
+    @dispatch(source="_read_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the policy's action."""
         inputs, noise = self._read(tensordict), tensordict.get(self.noise_key, None)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey, unravel_key_list
 from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable, as_keys, placeholder
+from torchrl_mac.modules.shapes import shaped
 
 __all__ = [
     "FlowMatchingModel",
@@ -41,7 +42,8 @@ class FlowMatchingModel(nn.Module):
         high (float or Tensor, optional): upper action bound. Defaults to 1.
 
     Raises:
-        ValueError: if ``num_steps`` is smaller than 1.
+        ValueError: if ``num_steps`` is smaller than 1 or a ``low`` is not smaller than its
+            ``high``; when called, if the noise or a velocity does not have the action's shape.
 
     Examples:
         >>> import torch
@@ -69,16 +71,18 @@ class FlowMatchingModel(nn.Module):
         self.velocity_network = velocity_network
         self.action_dim = action_dim
         self.num_steps = num_steps
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        low, high = _bounds(low, high)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
 
     def velocity(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
         """The velocity ``[*, action_dim]`` of ``action`` at ``time`` ``[*, 1]``."""
-        return self.velocity_network(torch.cat([observation, action, time], -1))
+        velocity = self.velocity_network(torch.cat([observation, action, time], -1))
+        return shaped(velocity, action.shape, "The output of velocity_network")
 
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Maps an observation ``[*, O]`` to an action ``[*, action_dim]`` within the bounds."""
-        action = _noise_like(observation, self.action_dim) if noise is None else noise
+        action = _noise(observation, self.action_dim, noise)
         for step in range(self.num_steps):
             time = torch.full_like(action[..., :1], step / self.num_steps)
             action = action + self.velocity(observation, action, time) / self.num_steps
@@ -98,6 +102,10 @@ class OneStepModel(nn.Module):
         high (float or Tensor, optional): upper action bound. Defaults to 1.
 
     Noise is drawn under every exploration type; pass it for repeatable samples.
+
+    Raises:
+        ValueError: if a ``low`` is not smaller than its ``high``; when called, if the noise or the
+            network's output does not have the action's shape.
 
     Examples:
         >>> import torch
@@ -121,8 +129,9 @@ class OneStepModel(nn.Module):
         super().__init__()
         self.network = network
         self.action_dim = action_dim
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        low, high = _bounds(low, high)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
 
     def forward(
         self, observation: Tensor, noise: Tensor | None = None, *, clamp: bool = True
@@ -131,9 +140,9 @@ class OneStepModel(nn.Module):
 
         With ``clamp=False`` the action is left unbounded, as distillation needs it.
         """
-        if noise is None:
-            noise = _noise_like(observation, self.action_dim)
+        noise = _noise(observation, self.action_dim, noise)
         action = self.network(torch.cat([observation, noise], -1))
+        shaped(action, noise.shape, "The output of network")
         return action.clamp(self.low, self.high) if clamp else action
 
 
@@ -197,11 +206,19 @@ class FlowPolicyBase(TensorDictModuleBase, Configurable):
         return cls(**{**config, **keys, "low": low - 1, "high": high + 1})
 
     def forward(
-        self, tensordict: TensorDictBase | Tensor, noise: Tensor | None = None, **kwargs: Any
+        self, tensordict: TensorDictBase | Tensor | None = None, *args: Any, **kwargs: Any
     ) -> TensorDictBase | Tensor:
-        """Writes the action into a tensordict, or maps tensors ``(condition, noise)`` to it."""
+        """Writes the action into a tensordict, or maps tensors to it.
+
+        Tensors are given by the names of the ``in_keys``, ``(observation=..., goal=...)``, or as
+        ``(condition, noise)`` with all conditions in one. The noise may be left out.
+        """
         if isinstance(tensordict, Tensor):
-            return self.module(tensordict, noise, **kwargs)
+            return self.module(tensordict, *args, **kwargs)
+        return self._act(*(() if tensordict is None else (tensordict,)), *args, **kwargs)
+
+    @dispatch(auto_batch_size=False)
+    def _act(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         *conditions, noise_key = self.in_keys
         condition = torch.cat([tensordict.get(key) for key in conditions], -1)
         noise = tensordict.get(noise_key, None)
@@ -298,7 +315,15 @@ class OneStepPolicy(FlowPolicyBase):
         return {"network": self.module.network, **super().config()}
 
 
-def _noise_like(observation: Tensor, action_dim: int) -> Tensor:
-    return torch.randn(
-        (*observation.shape[:-1], action_dim), dtype=observation.dtype, device=observation.device
-    )
+def _noise(observation: Tensor, action_dim: int, noise: Tensor | None) -> Tensor:
+    shape = (*observation.shape[:-1], action_dim)
+    if noise is None:
+        return torch.randn(shape, dtype=observation.dtype, device=observation.device)
+    return shaped(noise, shape, "The noise")
+
+
+def _bounds(low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.as_tensor(low), torch.as_tensor(high)
+    if not (low < high).all():
+        raise ValueError(f"low must be smaller than high, got low={low} and high={high}.")
+    return low, high

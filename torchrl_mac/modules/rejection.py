@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_mac.modules.actor import ChunkActor
+from torchrl_mac.modules.shapes import shaped
 
 __all__ = ["FlowRejectionActor"]
 
@@ -33,6 +34,9 @@ class FlowRejectionActor(ChunkActor):
     Keyword Args:
         num_candidates (int, optional): the number of candidates N. May be changed at any time
             (MAC trains with 8 and acts with 32). Defaults to 32.
+        qvalue_key (NestedKey, optional): the output of ``qvalue_network`` that candidates are
+            ranked by, such as the minimum of two critics. Defaults to ``"state_action_value"`` if
+            it is among the outputs, or else to the only one.
         value_key (NestedKey, optional): where the chosen action's value ``[*, 1]`` is written.
             Defaults to ``"chosen_action_value"``.
         **kwargs: those of :class:`ChunkActor`: ``chunk_size``, ``action_key``, where
@@ -43,7 +47,9 @@ class FlowRejectionActor(ChunkActor):
     goal, is repeated for each candidate.
 
     Raises:
-        ValueError: if ``num_candidates`` or ``chunk_size`` is smaller than 1.
+        ValueError: if ``num_candidates`` or ``chunk_size`` is smaller than 1, or if
+            ``qvalue_network`` has several outputs and none of them is the one to rank by; when
+            called, if a value is not ``[*, N, 1]``.
 
     Examples:
         >>> import torch
@@ -66,6 +72,7 @@ class FlowRejectionActor(ChunkActor):
         qvalue_network: TensorDictModuleBase,
         *,
         num_candidates: int = 32,
+        qvalue_key: NestedKey | None = None,
         value_key: NestedKey = "chosen_action_value",
         **kwargs: Any,
     ) -> None:
@@ -73,6 +80,7 @@ class FlowRejectionActor(ChunkActor):
         self.policy = policy
         self.qvalue_network = qvalue_network
         self.num_candidates = num_candidates
+        self.qvalue_key = _ranked_by(qvalue_network, qvalue_key)
         self.value_key = unravel_key(value_key)
         made_here = {self.noise_key, self.action_key, *policy.out_keys}
         read = dict.fromkeys([*policy.in_keys, *qvalue_network.in_keys])
@@ -96,14 +104,17 @@ class FlowRejectionActor(ChunkActor):
             "policy": self.policy,
             "qvalue_network": self.qvalue_network,
             "num_candidates": self.num_candidates,
+            "qvalue_key": self.qvalue_key,
             "value_key": self.value_key,
             **super().config(),
         }
 
+    @dispatch(source="_read_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the best candidate and its value."""
         candidates = self.candidates(tensordict)
-        value = candidates.get(self.qvalue_network.out_keys[0])
+        value = candidates.get(self.qvalue_key)
+        shaped(value, (*candidates.batch_size, 1), f"The value {self.qvalue_key!r} of candidates")
         best = value.argmax(-2, keepdim=True)
         tensordict.set(self.value_key, value.gather(-2, best).squeeze(-2))
         action = candidates.get(self.action_key)
@@ -127,3 +138,21 @@ class FlowRejectionActor(ChunkActor):
             candidates = self.policy(candidates)
         action = self._chunk(candidates.get(self.policy.out_keys[0]))
         return self.qvalue_network(candidates.set(self.action_key, action))
+
+
+def _ranked_by(qvalue_network: TensorDictModuleBase, key: NestedKey | None) -> NestedKey:
+    outputs = list(qvalue_network.out_keys)
+    if key is not None:
+        key = unravel_key(key)
+        if key not in outputs:
+            raise ValueError(
+                f"qvalue_key={key!r} is not among the out_keys of qvalue_network, {outputs}."
+            )
+        return key
+    if "state_action_value" in outputs:
+        return "state_action_value"
+    if len(outputs) != 1:
+        raise ValueError(
+            f"qvalue_network writes {outputs}: say which of them ranks candidates with qvalue_key."
+        )
+    return outputs[0]

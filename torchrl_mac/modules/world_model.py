@@ -6,11 +6,12 @@ import abc
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable, as_key
+from torchrl_mac.modules.shapes import shaped
 
 __all__ = ["ChunkedWorldModel", "WorldModelBase"]
 
@@ -21,7 +22,8 @@ class WorldModelBase(TensorDictModuleBase, Configurable, abc.ABC):
     It reads a state and an action, single or a chunk, and writes under ``"next"`` what an
     environment's step would: the observation ``[*, O]``, the reward ``[*, 1]`` and ``terminated``
     and ``done`` (bool ``[*, 1]``, always equal). A subclass predicts in two parts, as a rollout
-    needs the state at each step, but all the rest only once, for all of its steps together.
+    needs the state at each step, but all the rest only once, for all of its steps together. The
+    parts write all they know; :meth:`select_out_keys` applies to a call of the model.
 
     Keyword Args:
         observation_key (NestedKey, optional): defaults to ``"observation"``.
@@ -74,6 +76,7 @@ class WorldModelBase(TensorDictModuleBase, Configurable, abc.ABC):
         keys = {name: as_key(key) for name, key in config.items() if name.endswith("_key")}
         return cls(**{**config, **keys})
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the prediction for ``tensordict``'s action under ``"next"``."""
         return self.predict_outcome(self.predict_state(tensordict))
@@ -110,6 +113,9 @@ class ChunkedWorldModel(WorldModelBase):
         logit_key (NestedKey, optional): the logit ``[*, 1]`` behind the termination, written under
             ``"next"`` as well. Defaults to ``"termination_logit"``.
         **kwargs: the keys of :class:`WorldModelBase`.
+
+    Raises:
+        ValueError: when called, if a network's output has another shape.
 
     Examples:
         >>> import torch
@@ -158,16 +164,20 @@ class ChunkedWorldModel(WorldModelBase):
     def predict_state(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the next observation alone, all that the next step of a rollout needs."""
         observation, action, *_ = self._inputs(tensordict)
-        following = observation + self.dynamics_network(observation, action)
-        return tensordict.set(self._next[self.observation_key], following)
+        change = self.dynamics_network(observation, action)
+        shaped(change, observation.shape, "The output of dynamics_network")
+        return tensordict.set(self._next[self.observation_key], observation + change)
 
     def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes all the rest: reward, termination and done, for any number of steps at once."""
         observation, action, *goal = self._inputs(tensordict)
+        one = (*observation.shape[:-1], 1)
         logit = self.termination_network(observation, *goal, action)
+        shaped(logit, one, "The output of termination_network")
         terminated = logit > 0
         if self.negative_reward is None:
             reward = self.reward_network(observation, *goal, action)
+            shaped(reward, one, "The output of reward_network")
         else:
             reward = terminated.to(observation.dtype) - float(self.negative_reward)
         outcome = {
