@@ -8,6 +8,7 @@ import pytest
 import torch
 from assembly import Size, make_batch, make_mac
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
@@ -84,6 +85,39 @@ class TestRanking:
         loss.qvalue_network_params.data.update_(other)
         assert not torch.allclose(loss.imagine(td)["chosen_action_value"], before)
         assert self.follows(loss)
+
+    def test_by_the_value_that_is_trained(self):
+        class Twin(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.both = NormedMLP(OBS + H * A, 2, [8])
+
+            def forward(self, observation, action):
+                both = self.both(observation, action)
+                return both[..., :1], both.min(-1, keepdim=True).values
+
+        plain = make()
+        keys = ["first", "least"]
+        network = TensorDictModule(Twin(), ["observation", "action"], keys)
+        policy = plain.actor_network.policy
+        settings = {"num_candidates": N, "chunk_size": H, "qvalue_key": "least"}
+        actor = FlowRejectionActor(policy, network, **settings)
+        loss = ValueExpansionLoss(
+            actor, plain.value_network, network, plain.world_model, imagination_horizon=K
+        )
+        assert loss.tensor_keys.state_action_value == "least"
+        td = make_batch(SIZE)
+        first = loss.imagine(td)[..., 0]
+        with torch.no_grad():
+            values = network(first.select("observation", "action"))
+            target = loss.value_network(first["next"].select("observation"))["state_value"]
+        target = (
+            first["next", "reward"]
+            + loss.value_estimator.gamma * target * ~(first["next", "terminated"])
+        )
+        torch.testing.assert_close(first["chosen_action_value"], values["least"])
+        expected = (values["least"] - target).square().mean()
+        torch.testing.assert_close(loss(td)["loss_qvalue"].detach(), expected)
 
     def test_another_network_is_refused(self):
         loss = make()

@@ -108,8 +108,8 @@ class ValueExpansionLoss(LossModule):
             value_goal (NestedKey): the entry of the input that it is. Defaults to
                 ``"value_goal"``.
             value (NestedKey): the state value. Defaults to ``"state_value"``.
-            state_action_value (NestedKey): the value of a chunk. Defaults to
-                ``"state_action_value"``.
+            state_action_value (NestedKey): the value of a chunk. Defaults to what the actor ranks
+                by, or ``"state_action_value"``.
             reward (NestedKey): the imagined reward. Defaults to ``"reward"``.
             done (NestedKey): the imagined done. Defaults to ``"done"``.
             terminated (NestedKey): the imagined termination. Defaults to ``"terminated"``.
@@ -180,6 +180,8 @@ class ValueExpansionLoss(LossModule):
         self.reduction = reduction
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.convert_to_functional(qvalue_network, "qvalue_network")
+        if (ranked := getattr(actor_network, "qvalue_key", None)) is not None:
+            self.set_keys(state_action_value=ranked)  # what is trained is what chunks are ranked by
         # Imagination only reads these: their parameters belong to other losses.
         self.__dict__["actor_network"] = actor_network
         self.__dict__["world_model"] = world_model
