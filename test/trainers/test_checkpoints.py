@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import sys
@@ -44,21 +45,23 @@ def trained(folder, updates=None, evaluate=None, **kwargs):
         kwargs.pop("phases", PHASES), loggers=[csv], log_interval=1, evaluate=evaluate, **kwargs
     )
     trainer.resume()
-    if updates is not None:
-        sample = trainer.buffer.sample
-
-        def limited(size):
-            if trainer.updates == updates:
-                raise _Killed
-            return sample(size)
-
-        trainer.buffer.sample = limited
-    try:
-        trainer.train()
-    except _Killed:
-        pass
-    trainer.checkpoints.close()
+    until_killed(trainer, updates)
     return trainer
+
+
+def until_killed(trainer, updates):
+    """Trains as if the process were killed after so many updates, if it is ever."""
+    sample = trainer.buffer.sample
+
+    def limited(size):
+        if trainer.updates == updates:
+            raise _Killed
+        return sample(size)
+
+    trainer.buffer.sample = limited
+    with contextlib.suppress(_Killed):
+        trainer.train()
+    trainer.checkpoints.close()
 
 
 class _Killed(Exception):

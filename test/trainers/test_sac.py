@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from test_checkpoints import _Killed, rows, same
+from test_checkpoints import rows, same, until_killed
 from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
@@ -136,19 +136,7 @@ def make_trainer(folder, **kwargs):
 def train(folder, killed_after=None, **kwargs):
     trainer, imagined = make_trainer(folder, **kwargs)
     trainer.resume()
-    sample = trainer.buffer.sample
-
-    def limited(size):
-        if trainer.updates == killed_after:
-            raise _Killed
-        return sample(size)
-
-    trainer.buffer.sample = limited
-    try:
-        trainer.train()
-    except _Killed:
-        pass
-    trainer.checkpoints.close()
+    until_killed(trainer, killed_after)
     return trainer, imagined
 
 

@@ -237,8 +237,7 @@ class FlowMatchingPolicy(FlowPolicyBase):
         num_steps (int, optional): the number of Euler steps. Defaults to 10.
 
     Keyword Args:
-        low (float or Tensor, optional): lower action bound. Defaults to -1.
-        high (float or Tensor, optional): upper action bound. Defaults to 1.
+        low, high (float or Tensor, optional): the action's bounds. Default to -1 and 1.
         **kwargs: ``in_keys`` and ``out_keys`` of :class:`FlowPolicyBase`.
 
     Examples:
@@ -285,8 +284,7 @@ class OneStepPolicy(FlowPolicyBase):
         action_dim (int): the number of action coordinates; ``h * A`` for a chunk.
 
     Keyword Args:
-        low (float or Tensor, optional): lower action bound. Defaults to -1.
-        high (float or Tensor, optional): upper action bound. Defaults to 1.
+        low, high (float or Tensor, optional): the action's bounds. Default to -1 and 1.
         **kwargs: ``in_keys`` and ``out_keys`` of :class:`FlowPolicyBase`.
 
     Examples:
