@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ogbench_files import LENGTHS, make_arrays
-from tensordict import NonTensorData, TensorDict
+from tensordict import NonTensorData
 
 from torchrl_mac.data import OGBenchExperienceReplay
 from torchrl_mac.datasets.verify import verify_conversion
@@ -69,7 +69,9 @@ def test_nothing_is_unpickled(root, train, tmp_path):
     pickle.loads(pickle.dumps(Payload(proof)))
     proof.rmdir()  # the payload works
     # as tensordict would read it: meta.json names NonTensorData, of which other.pickle is a part
-    rows = TensorDict({"evil": NonTensorData(Payload(proof), [ROWS])}, batch_size=[ROWS])
+    rows = open_buffer(root)[:].exclude("qpos").clone()
+    rows["evil"] = NonTensorData(Payload(proof), rows.batch_size)
+    shutil.rmtree(train / "rows")
     rows.memmap(train / "rows")
     assert list(train.rglob("*.pickle"))
     open_buffer(root).sample()
