@@ -31,6 +31,14 @@ BLOCK_ROWS = 1 << 15
 """Rows that are held in memory at a time."""
 
 _PARSING = threading.Lock()  # Python's parser, which reads headers, may fail in parallel (3.11)
+_UNREADABLE = (
+    ValueError,
+    EOFError,
+    OSError,
+    RuntimeError,  # encrypted, or a method that is not implemented
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _KINDS = {"f": "floats", "b": "booleans", "i": "integers", "u": "unsigned integers"}
 
 
@@ -86,6 +94,8 @@ class NpzFile:
             raise ValueError(
                 f"{path} is not an npz file, or was cut short; download or generate it again."
             ) from err
+        except OSError as err:  # which names the file only if it cannot be opened
+            raise OSError(err.errno, err.strerror, str(path)) from err
 
     def __contains__(self, key: str) -> bool:
         return key in self.checksums
@@ -143,7 +153,7 @@ class NpzFile:
                     yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
                 if file.read(1):  # the end must be reached for the checksum to be compared
                     raise ValueError("it is longer than its header says")
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as err:
+        except _UNREADABLE as err:
             raise ValueError(
                 f"{self.path}: {key!r} cannot be read ({err}); download or generate it again."
             ) from err
@@ -157,7 +167,7 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as file:
                 shape, fortran_order, dtype = _read_header(file)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
+        except _UNREADABLE as err:
             raise ValueError(
                 f"{self.path}: {key!r} cannot be read ({err}); download or generate it again."
             ) from err
