@@ -34,8 +34,10 @@ def slow_chunk(rows, t, h, gamma, ignore_terminated):
     episode = rows["episode"].tolist()
     reward, terminated = 0.0, False
     for i in range(h):
-        reward += gamma**i * rows["next", "reward"][t + i].item()
-        terminated |= bool(rows["next", "terminated"][t + i]) and not ignore_terminated
+        if not terminated:  # what comes after the end is not earned
+            reward += gamma**i * rows["next", "reward"][t + i].item()
+        if rows["next", "terminated"][t + i] and not ignore_terminated:
+            terminated = True
     last = t + h == len(episode) - 1 or episode[t + h + 1] != episode[t + h]
     return {
         "observation": rows["observation"][t],
@@ -71,6 +73,32 @@ def test_chunks_equal_a_slow_loop(lengths, h, gamma, ignore_terminated, seed):
         for key, value in expected.items():
             assert chunk[key].dtype == value.dtype
             torch.testing.assert_close(chunk[key], value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_rewards_after_the_end_do_not_count(shape):
+    """Rewards 1, 1, 1 with the end in the second row are 2, whatever the third one is."""
+    rows = TensorDict(
+        observation=torch.zeros(5, 1),
+        action=torch.zeros(5, 1),
+        episode=torch.zeros(5, dtype=torch.int64),
+        next=TensorDict(
+            reward=torch.ones(5, *shape),
+            terminated=torch.tensor([[False], [True], [False], [False], [False]]),
+            batch_size=[5],
+        ),
+        batch_size=[5],
+    )
+    windows = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
+    for gamma, expected in ((1.0, (2.0, 1.0)), (0.5, (1.5, 1.0))):
+        chunk = ActionChunkStorage(rows, gamma=gamma)[windows]
+        for reward, value in zip(chunk["next", "reward"], expected, strict=True):
+            assert reward.shape == shape and (reward == value).all()
+        assert chunk["next", "terminated"].all()
+    rows["next", "reward"][2] = float("nan")
+    assert not ActionChunkStorage(rows)[windows[:1]]["next", "reward"].isnan().any()
+    ignoring = ActionChunkStorage(rows, ignore_terminated=True)[windows[:1]]
+    assert ignoring["next", "reward"].isnan().all() and not ignoring["next", "terminated"].any()
 
 
 def test_reward_is_exact_for_single_steps():
@@ -166,7 +194,7 @@ def test_a_ring_is_cut_at_its_cursor():
 def test_mean_reward_of_the_authors():
     """RewardScaling turns the chunk's sum into the mean that MAC's authors use."""
     h, gamma = 4, 0.9
-    rows = make_rows([12])
+    rows = make_rows([12], p_terminated=0)
     buffer = TensorDictReplayBuffer(
         storage=ActionChunkStorage(rows, gamma=gamma),
         sampler=ActionChunkSampler(h),

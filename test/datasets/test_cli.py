@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import re
+import zipfile
 
 import pytest
 
@@ -37,6 +40,11 @@ class TestCommandLine:
             (["generate", CUBE, "--out", "/dev/null/out"], "another folder"),
             (["convert", CUBE, "--source", "/nowhere", "--root", "/dev/null"], "/dev/null|source"),
             (["info", CUBE, "--root", "/nowhere"], "no converted cube-single-play-v0"),
+            (["generate", CUBE, "--episodes", "1000000000"], "rows are too many"),
+            (["generate", CUBE, "--workers", "0"], "workers=0.*1 or more"),
+            (["generate", CUBE, "--workers", "-1"], "workers=-1.*1 or more"),
+            (["convert", CUBE, "--workers", "0"], "workers=0.*1 or more"),
+            (["convert", CUBE, "--workers", "-1"], "workers=-1.*1 or more"),
         ],
     )
     def test_errors(self, capsys, argv, match):
@@ -45,6 +53,52 @@ class TestCommandLine:
         assert re.search(match, stderr)
         assert "Traceback" not in stderr and "Errno" not in stderr
         assert stderr.splitlines()[-1].startswith("torchrl-mac-data")
+
+    def test_errors_of_the_system_name_the_file(self, write_npz, tmp_path, capsys, monkeypatch):
+        source = str(write_npz())
+
+        def unreadable(*_, **__):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile, "ZipFile", unreadable)
+            for argv in (["convert", CUBE, "--root", str(tmp_path / "root")], ["verify", CUBE]):
+                assert cli.main([*argv, "--source", source]) == 2
+                assert f"{source}/{CUBE}.npz: Input/output error" in capsys.readouterr().err
+
+        def refuse(*_, **__):
+            raise PermissionError(errno.EACCES, "Permission denied", "/data/set.npz")
+
+        monkeypatch.setattr(datasets, "generate_dataset", refuse)
+        assert cli.main(["generate", CUBE]) == 2
+        assert capsys.readouterr().err.endswith(": /data/set.npz: Permission denied\n")
+
+        def move(*_, **__):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b")
+
+        monkeypatch.setattr(datasets, "generate_dataset", move)
+        assert cli.main(["generate", CUBE]) == 2
+        assert capsys.readouterr().err.endswith(": /a and /b: Invalid cross-device link\n")
+
+    @pytest.mark.parametrize("command", ["info", "verify", "convert"])
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3, "rows": 5}'])
+    def test_damaged_manifests_are_named(self, write_npz, tmp_path, capsys, command, content):
+        root = ["--root", str(tmp_path / "root")]
+        source = ["--source", str(write_npz())]
+        assert cli.main(["convert", CUBE, *source, *root]) == 0
+        manifest = tmp_path / "root" / CUBE / "train" / "metadata.json"
+        manifest.write_text(content)
+        assert cli.main([command, CUBE, *root, *(source if command == "convert" else [])]) == 2
+        stderr = capsys.readouterr().err
+        assert str(manifest.parent) in stderr and "Traceback" not in stderr
+
+    def test_verify_misses_a_file(self, write_npz, capsys):
+        source = write_npz()
+        files = [{"file": f"{CUBE}{end}.npz", "sha256": 64 * "0"} for end in ("", "-val")]
+        (source / f"{CUBE}.json").write_text(json.dumps({"files": files}))
+        (source / f"{CUBE}-val.npz").unlink()
+        assert cli.main(["verify", CUBE, "--source", str(source)]) == 2
+        assert f"{CUBE}-val.npz is missing" in capsys.readouterr().err
 
     def test_interrupted(self, capsys, monkeypatch):
         def interrupt(*_, **__):

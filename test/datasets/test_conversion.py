@@ -184,7 +184,7 @@ def test_another_layout_is_refused(write_npz, tmp_path):
     buffer = OGBenchExperienceReplay(NAME, root=tmp_path / "root", source=write_npz())
     file = buffer.data_path / "metadata.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0}))
-    with pytest.raises(ValueError, match=r"layout 0, expected 2\); delete it"):
+    with pytest.raises(ValueError, match=r"layout 0, expected 3\); delete it"):
         OGBenchExperienceReplay(NAME, root=tmp_path / "root")
 
 

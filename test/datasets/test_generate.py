@@ -520,6 +520,19 @@ class TestShards:
         free.free += 1
         quickly(MAZE, tmp_path, shards=4)
 
+    def test_disk_is_checked_before_the_first_episode(self, tmp_path):
+        with counting() as jobs, pytest.raises(OSError, match=r"(\d{6,}) MiB are needed"):
+            quickly(CUBE, tmp_path, steps=10**9)
+        assert not jobs and not contents(tmp_path)
+
+    @pytest.mark.parametrize("name", [CUBE, MAZE, "puzzle-3x3-play-v0"])
+    def test_the_size_of_a_row(self, made, rollout, name):
+        arrays = load(made(name))
+        expected = sum(array.nbytes for array in arrays.values()) / len(arrays["terminals"])
+        state = np.random.get_state()[1].tolist()
+        assert rollout(name).row_bytes() == expected
+        assert np.random.get_state()[1].tolist() == state
+
     def test_progress_of_what_is_left(self, tmp_path, capsys):
         quickly(MAZE, tmp_path, shards=1)
         quickly(MAZE, tmp_path, shards=3, progress=True)
@@ -562,7 +575,12 @@ class TestErrors:
             (CUBE, {"val_episodes": 0}, "val_episodes=0.*1 or more"),
             (CUBE, {"steps": 1}, "steps=1.*2 or more"),
             (CUBE, {"workers": 0}, "workers=0.*1 or more"),
+            (CUBE, {"workers": -1}, "workers=-1.*1 or more"),
             (CUBE, {"seed": -1}, "seed=-1.*0 or more"),
+            (CUBE, {"episodes": 2.5}, "episodes=2.5 is no whole number"),
+            (CUBE, {"episodes": 10**9, "steps": None}, "1e.12 rows are too many.*episodes=10+ "),
+            (CUBE, {"shards": 10**9}, "rows are too many: shards=10+,"),
+            (CUBE, {"steps": 10**12}, "rows are too many.*steps=10+;"),
         ],
     )
     def test_bad_values(self, tmp_path, name, kwargs, match):

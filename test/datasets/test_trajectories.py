@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from torchrl_mac.data import ActionChunkExperienceReplay
 from torchrl_mac.datasets import trajectories
@@ -139,6 +140,141 @@ def test_bad_files_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         ActionChunkExperienceReplay("robot", root=tmp_path / "root", source=path)
     assert not list((tmp_path / "root").rglob("*.memmap"))
+
+
+def of(key, change):
+    return lambda arrays: arrays.update({key: change(arrays[key])})
+
+
+def narrow_next(arrays):
+    arrays["next_observations"] = arrays["observations"][:, :1]
+
+
+WRONG_COLUMNS = {
+    "narrow next": (narrow_next, r"'next_observations' have 1 numbers a row, 'observations' 2"),
+    "complex": (of("observations", lambda a: a.astype(complex)), "'observations' is complex128"),
+    "3-D": (of("observations", lambda a: a[:, None]), r"'observations' is .* \(20, 1, 2\)"),
+    "3-D actions": (of("actions", lambda a: a[:, None]), r"'actions' is .* \(20, 1, 3\)"),
+    "boolean": (of("actions", lambda a: a > 0), r"'actions' is bool"),
+    "text": (of("terminals", lambda a: a.astype("S5")), r"'terminals' is \|S5"),
+    "two": (of("terminals", lambda a: a * 2.0), r"'terminals' has values other than 0 and 1"),
+    "NaN": (of("timeouts", lambda a: np.full(20, np.nan)), r"'timeouts' has "),
+    "2-D": (of("timeouts", lambda a: np.stack([a, a], 1)), r"'timeouts' is .* \(20, 2\)"),
+    "2-D rewards": (of("rewards", lambda a: a[:, None]), r"'rewards' is .* \(20, 1\)"),
+    "complex rewards": (of("rewards", lambda a: a.astype(complex)), r"'rewards' is complex"),
+    "no numbers": (of("observations", lambda a: a[:, :0]), r"'observation' are empty"),
+    "large": (of("observations", lambda a: a * 1e300), r"'observations?' has NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+@pytest.mark.parametrize(("change", "message"), WRONG_COLUMNS.values(), ids=WRONG_COLUMNS.keys())
+def test_every_column_is_checked(tmp_path, suffix, change, message):
+    arrays = flat_arrays()
+    arrays["observations"] = arrays["observations"].astype(float)
+    change(arrays)
+    path = save(tmp_path / f"robot{suffix}", arrays)
+    with pytest.raises(ValueError, match=message) as error:
+        ActionChunkExperienceReplay("robot", root=tmp_path / "root", source=path)
+    assert str(path) in str(error.value)
+    assert not list((tmp_path / "root").rglob("*.memmap"))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_whole_numbers_will_do(tmp_path, suffix):
+    arrays = flat_arrays()
+    for key in ("rewards", "observations"):
+        arrays[key] = arrays[key].astype(int)
+    arrays["terminals"] = arrays["terminals"].astype(np.float32)
+    path = save(tmp_path / f"robot{suffix}", arrays)
+    rows = ActionChunkExperienceReplay("robot", root=tmp_path / "root", source=path)[:]
+    assert rows["observation"].dtype == rows["next", "reward"].dtype == torch.float32
+    assert rows["next", "terminated"].sum() == 4  # and the states after them
+
+
+def replaced(name, change):
+    def edit(file):
+        array = file[name][()]
+        del file[name]
+        file[name] = change(array)
+
+    return edit
+
+
+def as_array(file):
+    del file["episode_1"]
+    file["episode_1"] = np.zeros(3)
+
+
+def as_group(file):
+    del file["episode_1/rewards"]
+    file.create_group("episode_1/rewards")
+
+
+WRONG_EPISODES = {
+    "short rewards": (replaced("episode_1/rewards", lambda a: a[:-1]), "'episode_1/rewards' has 5"),
+    "long rewards": (
+        replaced("episode_0/rewards", lambda a: np.append(a, 1)),
+        "'episode_0/rewards' has 5 rows for 4 actions",
+    ),
+    "no rewards": (lambda file: file["episode_1"].pop("rewards"), "'episode_1' has rows of"),
+    "2-D rewards": (
+        replaced("episode_1/rewards", lambda a: a[:, None]),
+        r"'episode_1/rewards' is .*\(6, 1\)",
+    ),
+    "terminations": (
+        replaced("episode_1/terminations", lambda a: a[1:]),
+        "'episode_1/terminations' has 5 rows",
+    ),
+    "text": (
+        replaced("episode_1/terminations", lambda a: np.array([b"False"] * 6)),
+        r"'episode_1/terminations' is \|S5",
+    ),
+    "truncations": (
+        replaced("episode_1/truncations", lambda a: np.arange(6) == 2),
+        "'episode_1/truncations' are true before the last step",
+    ),
+    "complex": (
+        replaced("episode_1/actions", lambda a: a.astype(complex)),
+        "'episode_1/actions' is complex",
+    ),
+    "width": (
+        replaced("episode_1/observations", lambda a: a[:, :1]),
+        "'episode_1' has rows of .*'episode_0' of",
+    ),
+    "observations": (
+        replaced("episode_1/observations", lambda a: a[1:]),
+        "'episode_1' has 6 observations for 6 actions",
+    ),
+    "no actions": (lambda file: file["episode_1"].pop("actions"), "'episode_1' has .*needed are"),
+    "array": (as_array, "'episode_1' is not an episode"),
+    "group": (as_group, "'episode_1/rewards' is no array"),
+    "name": (lambda file: file.move("episode_1", "episode_x"), "'episode_x' is not an episode"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_EPISODES.values(), ids=WRONG_EPISODES.keys())
+def test_every_column_of_minari_is_checked(tmp_path, change, message):
+    path = tmp_path / "mine" / "data" / "main_data.hdf5"
+    save_minari(path)
+    with h5py.File(path, "a") as file:
+        change(file)
+    with pytest.raises(ValueError, match=message) as error:
+        ActionChunkExperienceReplay("mine", root=tmp_path / "root", source=tmp_path / "mine")
+    assert str(path) in str(error.value)
+
+
+def test_minari_terminates_before_the_last_row(tmp_path):
+    path = tmp_path / "mine" / "data" / "main_data.hdf5"
+    save_minari(path)
+    with h5py.File(path, "a") as file:
+        file["episode_1/terminations"][2] = True
+    buffer = ActionChunkExperienceReplay("mine", root=tmp_path / "root", source=tmp_path / "mine")
+    flags = buffer[:]["next"]
+    terminated = flags["terminated"].flatten().nonzero().flatten().tolist()
+    assert terminated == [3, 4, 5 + 2, 15, 16]  # the last steps, and the states after them
+    assert flags["done"][7] and not flags["truncated"][7]
+    assert len(buffer.storage.episode_ends) == len(ENDS)
 
 
 def test_a_damaged_hdf5_file(tmp_path):

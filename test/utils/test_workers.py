@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrl_mac.utils.workers import WorkerError, WorkerPool
+from torchrl_mac.utils.workers import WorkerError, WorkerPool, number_of_workers
 
 
 class Task:
@@ -38,6 +38,13 @@ def pool():
     pool = WorkerPool(1, Task, timeout=60)
     yield pool
     pool.close()
+
+
+def test_the_number_of_workers():
+    assert number_of_workers(1) == 1 and number_of_workers(None) == os.cpu_count()
+    for workers in (0, -1, 1.0, True):
+        with pytest.raises(ValueError, match=rf"workers={workers} .*1 or more, or absent"):
+            number_of_workers(workers)
 
 
 def test_tasks_share_a_process(pool):

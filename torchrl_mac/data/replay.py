@@ -82,7 +82,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
         device (torch.device or str, optional): ``"cpu"`` (default) samples from the memory map;
             any other device holds the whole dataset in its memory and samples there.
-        workers (int, optional): files converted at a time. Default: the number of CPU cores.
+        workers (int, optional): files converted at a time, at least 1. Default: the number of
+            CPU cores.
         sampler (Sampler, optional): defaults to an
             :class:`~torchrl_mac.data.ActionChunkSampler` of ``chunk_size``, ``n_steps`` and
             ``goals``. One that is given decides what they are.
@@ -152,13 +153,12 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             )
         dataset = self.dataset = dataset_id
         self.root = dataset.root
-        rows = dataset.load()
         if sampler is None:
             sampler = ActionChunkSampler(
                 chunk_size, n_steps=n_steps, goals=goals, flat_index=flat_index
             )
         storage = _DatasetStorage(
-            rows if torch.device(device).type == "cpu" else rows.to(device),
+            dataset,
             gamma=gamma,
             ignore_terminated=ignore_terminated,
             observation_keys=dataset.observation_keys,
@@ -166,7 +166,6 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             goal_source=dataset.goal_source,
             negative_reward=negative_reward,
             truncation_is_success=truncation_is_success,
-            rows_in_state=False,
             episode_ends=dataset.episode_ends,
             device=device,
         )
@@ -292,7 +291,30 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
 
 
 class _DatasetStorage(ActionChunkStorage):
-    """Rows that are on disk for good: not to be written, nor to be copied into checkpoints."""
+    """Rows that are on disk for good: not to be written, nor to be copied into checkpoints.
+
+    Another process that is given them opens the files itself.
+    """
+
+    def __init__(
+        self, dataset: ConvertedDataset, *, device: torch.device | str, **kwargs: Any
+    ) -> None:
+        rows = dataset.load()
+        if torch.device(device).type != "cpu":
+            rows = rows.to(device)
+        super().__init__(rows, device=device, rows_in_state=False, **kwargs)
+        self._dataset = dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.device.type == "cpu":
+            state["_storage"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if state["_storage"] is None:
+            self._storage: Any = self._dataset.load()
 
     def set(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(ImmutableDatasetWriter.WRITING_ERR)

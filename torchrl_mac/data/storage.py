@@ -42,7 +42,8 @@ class ActionChunkStorage(LazyTensorStorage):
     ``"observation"``           ``[B, O]``    :math:`s_t`
     ``"action"``                ``[B, h, A]`` :math:`a_t, \dots, a_{t+h-1}`; ``[B, A]`` if h=1
     ``("next", "observation")`` ``[B, O]``    :math:`s_{t+h}`
-    ``("next", "reward")``      ``[B, 1]``    :math:`\sum_{i<h} \gamma^i r_{t+i}`, if stored
+    ``("next", "reward")``      ``[B, 1]``    :math:`\sum_{i<h} \gamma^i r_{t+i}`, if stored, up to
+                                              the first of the rows that terminated
     ``("next", "terminated")``  ``[B, 1]``    whether any of the rows t to t+h-1 terminated
     ``("next", "truncated")``   ``[B, 1]``    whether :math:`s_{t+h}` is the last row of its
                                               episode and the chunk did not terminate
@@ -372,13 +373,21 @@ class ActionChunkStorage(LazyTensorStorage):
 
     def _labels(self, start: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | None]:
         """The chunks' discounted rewards and whether they terminate, where the rows tell."""
-        reward = terminated = None
+        reward = terminated = over = None
+        if not self.ignore_terminated and self._has(("next", "terminated")):
+            ends = _windows(self._column(("next", "terminated")), start, chunk_size)
+            ends = ends.reshape(*ends.shape[:2], -1).any(-1)
+            terminated = ends.any(1, keepdim=True)
+            # a look at the CPU's memory is free; elsewhere it would have to be waited for
+            if not ends.is_cpu or terminated.any():
+                over = ends[:, :-1].cumsum(1, dtype=torch.int32) > 0
         if self._has(reward_key := unravel_key(("next", self.reward_key))):
             reward = _windows(self._column(reward_key), start, chunk_size)
             discount = self.gamma ** torch.arange(chunk_size, device=reward.device)
-            reward = reward.mul_(discount.unsqueeze(-1)).sum(1)
-        if not self.ignore_terminated and self._has(("next", "terminated")):
-            terminated = _windows(self._column(("next", "terminated")), start, chunk_size).any(1)
+            reward.mul_(discount.reshape(-1, *[1] * (reward.ndim - 2)))
+            if over is not None:
+                reward[:, 1:].masked_fill_(expand_as_rows(over, reward), 0)
+            reward = reward.sum(1)
         return reward, terminated
 
 

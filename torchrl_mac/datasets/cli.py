@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torchrl_mac import datasets
-from torchrl_mac.datasets.manifest import DEFAULT_ROOT, converted_splits, is_complete, load_metadata
+from torchrl_mac.datasets.manifest import DEFAULT_ROOT, converted_splits, is_complete, load_split
 from torchrl_mac.datasets.names import OGBenchName
-from torchrl_mac.datasets.sources import find_shards, validation_file
+from torchrl_mac.datasets.sources import find_shards, refuse_twice, validation_file
 
 __all__ = ["main"]
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
     except OSError as err:
-        return _fail(err.strerror or str(err), 2)
+        return _fail(_text_of(err), 2)
     except (ImportError, NotImplementedError, ValueError) as err:
         return _fail(str(err), 2)
     except RuntimeError as err:
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--steps", type=int, help="rows per episode (default: as official, 1001)")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    generate.add_argument("--workers", type=int, help="processes (default: number of CPU cores)")
+    generate.add_argument("--workers", type=int, help="processes, at least 1 (default: CPU cores)")
     generate.add_argument("--overwrite", action="store_true", help="replace other files")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--columns", nargs="+", default=(), metavar="KEY", help="qpos, qvel, button_states"
     )
-    convert.add_argument("--workers", type=int, help="files at a time (default: CPU cores)")
+    convert.add_argument(
+        "--workers", type=int, help="files at a time, at least 1 (default: CPU cores)"
+    )
     _add_root(convert)
 
     download = commands.add_parser(
@@ -181,6 +183,7 @@ def _verify(args: argparse.Namespace) -> None:
             datasets.verify_conversion(folder, _say)
         return
     train = find_shards(args.source, name)
+    refuse_twice(train)
     datasets.verify_files(
         [*train, *(path for path in map(validation_file, train) if path.exists())], _say
     )
@@ -192,7 +195,7 @@ def _info(args: argparse.Namespace) -> None:
         ("split", "files", "rows", "episodes", "observation", "action", "GiB", "columns")
     ]
     for folder in _converted(args.root, name):
-        about = load_metadata(folder)
+        about = load_split(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*.memmap")) / 2**30
         columns = [path.name for path in sorted(folder.glob("columns/*")) if is_complete(path)]
         numbers = (about["rows"], about["episodes"], about["observation_dim"], about["action_dim"])
@@ -226,6 +229,13 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
+
+
+def _text_of(err: OSError) -> str:
+    """The message without its number; the system's name the file beside it."""
+    files = [str(file) for file in (err.filename, err.filename2) if file is not None]
+    message = err.strerror or str(err)
+    return f"{' and '.join(files)}: {message}" if files else message
 
 
 def _fail(message: str, code: int) -> int:

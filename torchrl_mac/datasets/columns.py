@@ -15,19 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
-from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from tqdm import tqdm
 
-from torchrl_mac.datasets.manifest import FORMAT, METADATA, is_complete
+from torchrl_mac.datasets.manifest import FORMAT, METADATA, column_file, is_complete
+from torchrl_mac.datasets.tables import Schema, column_name, described
 from torchrl_mac.utils.files import DamagedError, read_json, replaced, write_json
 
-__all__ = ["ColumnWriter", "Part", "Schema", "column_name", "write_columns"]
-
-Schema = dict[NestedKey, tuple[np.dtype, tuple[int, ...]]]
-"""The dtype and row shape of each column."""
+__all__ = ["ColumnWriter", "Part", "write_columns"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def write_columns(
     workers: int = 1,
     progress: bool | None = None,
 ) -> None:
-    """Makes ``folder/rows``, a memory-mapped TensorDict, and ``folder/metadata.json``.
+    """Makes ``folder/rows``, a file for each column, and ``folder/metadata.json``.
 
     Everything is written to the sibling ``.{folder.name}.partial``, which is renamed at the end:
     a reader never sees half a folder. A part that is finished stays there if a later one fails
@@ -133,19 +129,25 @@ def write_columns(
                 f"{folder} exists but is not a converted dataset; move it away or pass another "
                 "root=."
             )
+        rows = sum(part.rows for part in parts)
         with replaced(folder, resumable=True) as partial:
             try:
                 paths = _prepare(partial, parts, schema)
                 records = _fill(partial, paths, parts, fill, workers, progress)
-                metadata = finish(partial, records)
+                metadata = {
+                    "format": FORMAT,
+                    "rows": rows,
+                    "columns": described(schema),
+                    **finish(partial, records),
+                }
                 (partial / "plan.json").unlink()
                 shutil.rmtree(partial / "parts")
-                write_json(partial / METADATA, {"format": FORMAT, **metadata})
+                write_json(partial / METADATA, metadata)
             except BaseException as err:
                 if not any((partial / "parts").glob("*.json")):
                     shutil.rmtree(partial, ignore_errors=True)  # there is nothing to go on from
                 if isinstance(err, OSError) and err.errno == errno.ENOSPC:
-                    raise _disk_full(folder, _size(parts, schema)) from err
+                    raise _disk_full(folder, _row_size(schema) * rows) from err
                 raise
 
 
@@ -164,32 +166,27 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _prepare(partial: Path, parts: list[Part], schema: Schema) -> dict[NestedKey, Path]:
     """Makes room for the columns, or finds what an earlier call has left."""
-    columns = {
-        column_name(key): [np.dtype(dtype).str, list(shape)]
-        for key, (dtype, shape) in schema.items()
-    }
-    plan = {"format": FORMAT, "rows": [part.rows for part in parts], "columns": columns}
-    paths = {
-        key: (partial / "rows").joinpath(*((key,) if isinstance(key, str) else key))
-        for key in schema
-    }
-    paths = {key: path.with_name(f"{path.name}.memmap") for key, path in paths.items()}
-    if _found(partial / "plan.json") == plan:
+    rows = [part.rows for part in parts]
+    plan = {"format": FORMAT, "rows": rows, "columns": described(schema)}
+    paths = {key: column_file(partial, column_name(key)) for key in schema}
+    sizes = {key: _row_size({key: schema[key]}) * sum(rows) for key in schema}
+    goes_on = _found(partial / "plan.json") == plan and all(
+        path.is_file() and path.stat().st_size == sizes[key] for key, path in paths.items()
+    )
+    if goes_on:
         allocated = sum(path.stat().st_blocks * 512 for path in paths.values())
     else:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "parts").mkdir(parents=True)
         allocated = 0
-    needed = _size(parts, schema) - allocated
+    needed = sum(sizes.values()) - allocated
     if shutil.disk_usage(partial).free < needed:
         raise _disk_full(partial, needed)
-    if allocated == 0:
-        total = sum(part.rows for part in parts)
-        examples = {
-            key: torch.from_numpy(np.zeros(shape, dtype)).expand(total, *shape)
-            for key, (dtype, shape) in schema.items()
-        }
-        TensorDict(examples, batch_size=[total]).memmap_like(partial / "rows")
+    if not goes_on:
+        for key, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(sizes[key])
         write_json(partial / "plan.json", plan)
     return paths
 
@@ -208,7 +205,7 @@ def _fill(
     records: dict[int, dict[str, Any]] = {}
     for i, part in enumerate(parts):
         found = _found(saved[i])
-        if found is not None and found["identity"] == part.identity:
+        if isinstance(found, dict) and found.get("identity") == part.identity:
             records[i] = found["record"]
     longest = next(iter(paths))  # its rows are those the progress bar counts
     stop = threading.Event()
@@ -231,7 +228,7 @@ def _fill(
         writer = ColumnWriter(paths, int(first[i]), parts[i].rows, on_write)
         try:
             record = fill(i, writer)
-            return {**record, "columns": writer.finish()}
+            return {"rows": parts[i].rows, **record, "columns": writer.finish()}
         finally:
             writer.close()
 
@@ -253,12 +250,11 @@ def _fill(
     return [records[i] for i in range(len(parts))]
 
 
-def _size(parts: list[Part], schema: Schema) -> int:
-    row = sum(
+def _row_size(schema: Schema) -> int:
+    return sum(
         np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
         for dtype, shape in schema.values()
     )
-    return row * sum(part.rows for part in parts)
 
 
 def _disk_full(folder: Path, needed: int) -> OSError:
@@ -267,11 +263,6 @@ def _disk_full(folder: Path, needed: int) -> OSError:
         f"The disk of {folder.parent} is full: {needed / 2**20:.0f} MiB are needed. "
         "Free some space or pass another root=.",
     )
-
-
-def column_name(key: NestedKey) -> str:
-    """A key as it is written in JSON: ``"next/reward"``."""
-    return key if isinstance(key, str) else "/".join(key)
 
 
 def _found(path: Path) -> Any:

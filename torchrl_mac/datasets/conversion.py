@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-from torchrl_mac.datasets.columns import ColumnWriter, Part, Schema, write_columns
+from torchrl_mac.datasets.columns import ColumnWriter, Part, write_columns
+from torchrl_mac.datasets.manifest import damaged, digest_of, load_split
 from torchrl_mac.datasets.sources import Source
 from torchrl_mac.datasets.statistics import ObservationStatistics, RunningStatistics
+from torchrl_mac.datasets.tables import Schema, open_columns
 from torchrl_mac.utils.files import sha256
 
-__all__ = ["ACTION_BOUND", "convert_rows", "load_episode_ends", "parts_of"]
+__all__ = [
+    "ACTION_BOUND",
+    "EPISODE_ENDS",
+    "FLAGS",
+    "convert_rows",
+    "end_flags",
+    "load_episode_ends",
+    "open_rows",
+    "parts_of",
+]
 
 ACTION_BOUND = 1 - 1e-5
 """Stored actions are clipped to plus or minus this, as by MAC's authors."""
 
-_ENDS = "episode_ends.npy"
-_FLAGS = ("terminated", "truncated", "done")
+EPISODE_ENDS = "episode_ends.npy"
+FLAGS = ("terminated", "truncated", "done")
 
 
 def convert_rows(
@@ -35,7 +46,7 @@ def convert_rows(
 ) -> None:
     """Converts files into ``folder``, unless that is there already.
 
-    Writes ``rows``, a memory-mapped TensorDict with ``"observation"``, ``"action"``,
+    Writes ``rows``, with a file for each of the columns ``"observation"``, ``"action"``,
     ``"episode"`` and the end-of-episode flags under ``"next"``; ``episode_ends.npy``; and the
     manifest ``metadata.json``.
 
@@ -59,6 +70,9 @@ def convert_rows(
                 f"{source.path} has rows of shape {source.shapes}, but {sources[0].path} of "
                 f"{shapes}: they are not of the same environment."
             )
+    for column, shape in shapes.items():
+        if 0 in shape:
+            raise ValueError(f"{sources[0].path}: rows of {column!r} are empty, of shape {shape}.")
     first_episode = np.cumsum([0, *(len(source.ends) for source in sources)])
     first_row = np.cumsum([0, *(source.rows for source in sources)])
 
@@ -87,7 +101,7 @@ def convert_rows(
         terminated = np.zeros_like(boundary)
         if "terminated" in shapes:
             terminated = np.concatenate(list(source.blocks("terminated")))
-        for flag, values in zip(_FLAGS, end_flags(boundary, terminated), strict=True):
+        for flag, values in zip(FLAGS, end_flags(boundary, terminated), strict=True):
             writer.write(("next", flag), values)
         if "reward" in shapes:
             for block in source.blocks("reward"):
@@ -102,21 +116,18 @@ def convert_rows(
 
     def finish(partial: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
         ends = [source.ends + first for source, first in zip(sources, first_row, strict=False)]
-        np.save(partial / _ENDS, np.concatenate(ends).astype(np.int64))
+        np.save(partial / EPISODE_ENDS, np.concatenate(ends).astype(np.int64))
         statistics = ObservationStatistics.from_running([r.pop("running") for r in records])
-        digests = [record["sha256"] for record in records]
         return {
             **metadata,
-            "rows": int(first_row[-1]),
             "episodes": int(first_episode[-1]),
             "observation_dim": shapes["observation"][0],
             "action_dim": shapes["action"][0],
-            "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "digest": digest_of(records),
             "statistics": statistics.to_dict(),
             "shards": [
                 {
                     "file": source.path.name,
-                    "rows": source.rows,
                     "episodes": len(source.ends),
                     **record,
                     "identity": source.identity,
@@ -125,15 +136,8 @@ def convert_rows(
             ],
         }
 
-    float32, boolean = np.dtype(np.float32), np.dtype(bool)
-    schema: Schema = {
-        "observation": (float32, shapes["observation"]),
-        "action": (float32, shapes["action"]),
-        "episode": (np.dtype(np.int32), ()),
-        **{("next", flag): (boolean, (1,)) for flag in _FLAGS},
-    }
-    if "reward" in shapes:
-        schema["next", "reward"] = (float32, (1,))
+    widths = shapes["observation"][0], shapes["action"][0]
+    schema = _row_schema(*widths, "reward" in shapes)
     write_columns(
         folder, parts_of(sources), schema, fill, finish, workers=workers, progress=progress
     )
@@ -149,6 +153,51 @@ def end_flags(boundary: np.ndarray, terminated: np.ndarray) -> tuple[np.ndarray,
     return terminated, boundary & ~terminated, boundary | terminated
 
 
+def _row_schema(observation_dim: int, action_dim: int, has_reward: bool) -> Schema:
+    float32, boolean = np.dtype(np.float32), np.dtype(bool)
+    schema: Schema = {
+        "observation": (float32, (observation_dim,)),
+        "action": (float32, (action_dim,)),
+        "episode": (np.dtype(np.int32), ()),
+        **{("next", flag): (boolean, (1,)) for flag in FLAGS},
+    }
+    if has_reward:
+        schema["next", "reward"] = (float32, (1,))
+    return schema
+
+
+def open_rows(folder: Path) -> TensorDict:
+    """The rows of a converted split, mapped.
+
+    Raises:
+        ValueError: if the manifest is damaged, or a file is not what it says.
+    """
+    about = load_split(folder)
+    widths = about["observation_dim"], about["action_dim"]
+    return open_columns(folder, [_row_schema(*widths, reward) for reward in (False, True)])
+
+
 def load_episode_ends(folder: Path) -> Tensor:
-    """The row number of the last row of each episode, ``[E]`` int64."""
-    return torch.from_numpy(np.load(folder / _ENDS, allow_pickle=False))
+    """The row number of the last row of each episode, ``[E]`` int64.
+
+    Raises:
+        ValueError: if they are not those of the manifest's rows and episodes.
+    """
+    path, about = folder / EPISODE_ENDS, load_split(folder)
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)  # looks at the size first
+    except (OSError, ValueError, EOFError) as err:
+        raise damaged(path, f"it cannot be read ({err})", folder) from err
+    if stored.dtype != np.int64 or stored.shape != (about["episodes"],):
+        raise damaged(
+            path,
+            f"the episodes' ends are {stored.dtype} of shape {stored.shape}, not int64 of "
+            f"shape ({about['episodes']},)",
+            folder,
+        )
+    ends = np.array(stored)
+    if ends[-1] != about["rows"] - 1 or (np.diff(ends, prepend=-1) < 1).any():
+        raise damaged(
+            path, f"the episodes' ends do not ascend to the last of {about['rows']} rows", folder
+        )
+    return torch.from_numpy(ends)

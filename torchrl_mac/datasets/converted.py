@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import abc
 import functools
-import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchrl_mac.datasets.conversion import convert_rows, load_episode_ends
-from torchrl_mac.datasets.labels import STATE_KEYS, column_folder, convert_columns, label_of
-from torchrl_mac.datasets.manifest import DEFAULT_ROOT, is_complete, load_metadata
+from torchrl_mac.datasets.conversion import convert_rows, load_episode_ends, open_rows
+from torchrl_mac.datasets.labels import (
+    STATE_KEYS,
+    column_folder,
+    convert_columns,
+    label_of,
+    open_labels,
+    task_of,
+)
+from torchrl_mac.datasets.manifest import (
+    DEFAULT_ROOT,
+    is_complete,
+    load_metadata,
+    load_split,
+)
 from torchrl_mac.datasets.names import OGBenchName
-from torchrl_mac.datasets.sources import OGBenchSource, Source, find_shards, validation_file
+from torchrl_mac.datasets.sources import (
+    OGBenchSource,
+    Source,
+    find_shards,
+    refuse_twice,
+    validation_file,
+)
 from torchrl_mac.datasets.statistics import ObservationStatistics
+from torchrl_mac.datasets.tables import load_statistics
 from torchrl_mac.datasets.trajectories import TrajectorySource
+from torchrl_mac.utils.workers import number_of_workers
 
 __all__ = ["ConvertedDataset", "OGBenchDataset", "TrajectoryDataset"]
 
@@ -44,7 +63,8 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
             ``~/.cache/torchrl/ogbench``.
         source (Path, str or a sequence of them, optional): the files, or folders of them.
         split (str, optional): ``"train"`` or ``"val"``. Defaults to ``"train"``.
-        workers (int, optional): files converted at a time. Default: the number of CPU cores.
+        workers (int, optional): files converted at a time, at least 1. Default: the number of
+            CPU cores.
 
     Attributes:
         observation_keys (sequence of str): the columns that are observations.
@@ -52,7 +72,8 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
         metadata (dict): the manifest.
 
     Raises:
-        ValueError: if an argument, or the content of a file, is not valid.
+        ValueError: if an argument, or the content of a file, is not valid; if a file is given
+            twice, or the splits have other widths; if what is converted is damaged.
         FileNotFoundError: if something must be converted and there is no source.
         OSError: if ``root`` cannot be written or the disk is too small.
     """
@@ -80,15 +101,20 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
         self.root = Path(DEFAULT_ROOT if root is None else root).expanduser()
         self.path_root = self.root / name
         self.path = self.path_root / split
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = number_of_workers(workers)
         if self.path_root.is_symlink() or self.path_root.resolve().parent != self.root.resolve():
             raise ValueError(
                 f"{self.path_root} leads out of {self.root}; remove the link, or rename."
             )
         if source is not None or not self._is_converted():
+            files = self._find(_paths(source) or self._default_source)
+            refuse_twice(files)
+            self._refuse_other_widths(files)
             for part in dict.fromkeys((split, "val")):
-                self._convert(part, _paths(source) or self._default_source)
-        self.metadata = load_metadata(self.path)
+                self._convert(part, files)
+        else:
+            self._refuse_other_widths()
+        self.metadata = load_split(self.path)
 
     @abc.abstractmethod
     def _find(self, source: Sequence[Path]) -> list[Path]:
@@ -121,41 +147,59 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
 
     def load(self) -> TensorDict:
         """All rows and the columns beside them, memory-mapped."""
-        rows = TensorDict.load_memmap(self.path / "rows")
+        rows = open_rows(self.path)
         columns = dict(rows.items())
         for label in self._labels:
-            folder = column_folder(self.path, label)
-            columns.update(TensorDict.load_memmap(folder / "rows").items())
+            columns.update(open_labels(self.path, label).items())
+        for key in dict.fromkeys(("observation", self.goal_source)):
+            self._statistics(key)  # so that an error comes now
         return TensorDict(columns, batch_size=rows.batch_size).lock_()
 
     @functools.cached_property
     def statistics(self) -> ObservationStatistics:
         """Statistics of the observations: the validation split's or, without one, the split's."""
-        return self._statistics(lambda split: self.path_root / split)
+        return self._statistics("observation")
 
     @functools.cached_property
     def goal_statistics(self) -> ObservationStatistics:
         """Statistics of the goals, from the same split as :attr:`statistics`."""
-        if self.goal_source not in self._labels:
-            return self.statistics
-        return self._statistics(
-            lambda split: column_folder(self.path_root / split, self.goal_source)
-        )
+        return self._statistics(self.goal_source)
 
-    def _statistics(self, folder_of: Callable[[str], Path]) -> ObservationStatistics:
+    def _statistics(self, key: str) -> ObservationStatistics:
+        def folder_of(split: str) -> Path:
+            folder = self.path_root / split
+            return column_folder(folder, key) if key in self._labels else folder
+
         folder = folder_of("val")
         if not is_complete(folder):
             folder = folder_of(self.split)
-        return ObservationStatistics.from_dict(load_metadata(folder)["statistics"])
+        return load_statistics(folder, load_metadata(folder_of(self.split))["columns"][key])
 
     def _is_converted(self) -> bool:
         folders = [self.path, *(column_folder(self.path, label) for label in self._labels)]
         return all(map(is_complete, folders))
 
-    def _convert(self, split: str, source: Sequence[Path]) -> None:
+    def _refuse_other_widths(self, train: Sequence[Path] = ()) -> None:
+        """Compares the splits: one may be converted and the other be a file yet."""
+        known: dict[Path, tuple[int, ...]] = {}
+        for split, paths in (("train", train), ("val", map(validation_file, train))):
+            folder, files = self.path_root / split, [path for path in paths if path.is_file()]
+            if is_complete(folder):
+                about = load_split(folder)
+                known[folder] = about["observation_dim"], about["action_dim"]
+            elif files:
+                shapes = self._open(files[0]).shapes
+                known[files[0]] = shapes["observation"] + shapes["action"]
+        if len(set(known.values())) > 1:
+            found = " but ".join(f"{path} has {widths}" for path, widths in known.items())
+            raise ValueError(
+                f"The widths of observations and actions differ: {found}. They are not of the same "
+                "environment."
+            )
+
+    def _convert(self, split: str, train: Sequence[Path]) -> None:
         """Converts what is missing of a split; only :attr:`split` must have a source then."""
-        train = self._find(source)
-        paths = [validation_file(path) for path in train] if split == "val" else train
+        paths = [validation_file(path) for path in train] if split == "val" else list(train)
         missing = [path for path in paths if not path.is_file()]
         if split == "val" and self.split == "train":
             paths, missing = [path for path in paths if path.is_file()], []
@@ -171,7 +215,7 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
             )
         sources, folder = [self._open(path) for path in paths], self.path_root / split
         if is_complete(folder):
-            found = [shard["identity"] for shard in load_metadata(folder)["shards"]]
+            found = [shard["identity"] for shard in load_split(folder)["shards"]]
             if found != [source.identity for source in sources]:
                 raise ValueError(
                     f"{_listed(paths)} not what {folder} was converted from; delete that folder, "
@@ -291,7 +335,7 @@ class OGBenchDataset(ConvertedDataset[OGBenchSource]):
         """The number of the task, resolved for the default one; ``None`` without a task."""
         if self.name.mode != "singletask":
             return None
-        return load_metadata(column_folder(self.path, self._labels[0]))["task_id"]
+        return task_of(column_folder(self.path, self._labels[0]))
 
     @functools.cached_property
     def statistics(self) -> ObservationStatistics:

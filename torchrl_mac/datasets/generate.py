@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import os
 import shutil
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,11 +17,13 @@ from tqdm import tqdm
 
 from torchrl_mac.datasets.episodes import Job, make_episodes
 from torchrl_mac.datasets.names import OGBenchName
-from torchrl_mac.datasets.rollouts import OfficialSettings
+from torchrl_mac.datasets.rollouts import OfficialSettings, OracleRollout
 from torchrl_mac.datasets.shards import Catalog, RowFiles, ShardFile, scratch_folder
-from torchrl_mac.utils.workers import require_main_guard
+from torchrl_mac.utils.workers import number_of_workers, require_main_guard
 
 __all__ = ["generate_dataset"]
+
+_MOST_ROWS = 10**10  # a hundred times the largest of the official sets
 
 
 def generate_dataset(
@@ -66,8 +67,8 @@ def generate_dataset(
             ``episodes``, at least one.
         steps (int, optional): rows per episode. Default: as the official dataset, mostly 1001.
         seed (int, optional): seed of the whole dataset. Defaults to 0.
-        workers (int, optional): processes, each with an environment of about 0.5 GiB. 1 means
-            this very process. Default: the number of CPU cores.
+        workers (int, optional): processes, each with an environment of about 0.5 GiB; at least 1,
+            which means this very process. Default: the number of CPU cores.
         overwrite (bool, optional): replaces files with another recipe, and listed files whose
             checksum is wrong. Defaults to ``False``.
         progress (bool, optional): shows a progress bar on stderr. Defaults to ``True``.
@@ -77,7 +78,7 @@ def generate_dataset(
 
     Raises:
         ValueError: if the name is unknown, OGBench ships no oracle for it, or a number is too
-            small.
+            small or much too large.
         FileExistsError: if there are files with another recipe, or a listed file has another size
             by now.
         OSError: if the folder cannot be written or the disk is too small.
@@ -109,17 +110,24 @@ def generate_dataset(
     episodes = official.episodes if episodes is None else episodes
     steps = official.steps if steps is None else steps
     val_episodes = max(1, episodes // 10) if val_episodes is None else val_episodes
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = number_of_workers(workers)
     for key, value, least in (
         ("shards", 1 if shards is None else shards, 1),
         ("episodes", episodes, 1),
         ("val_episodes", val_episodes, 1),
         ("steps", steps, 2),
         ("seed", seed, 0),
-        ("workers", workers, 1),
     ):
+        if type(value) is not int:
+            raise ValueError(f"{key}={value} is no whole number; it must be {least} or more.")
         if value < least:
             raise ValueError(f"{key}={value} is too small; it must be {least} or more.")
+    rows = (shards or 1) * (episodes + val_episodes) * steps
+    if rows > _MOST_ROWS:
+        raise ValueError(
+            f"{rows:.0e} rows are too many: shards={shards or 1}, each of episodes={episodes} and "
+            f"val_episodes={val_episodes} with steps={steps}; together at most {_MOST_ROWS:.0e}."
+        )
     if workers > 1:
         require_main_guard()
     recipe = {
@@ -163,6 +171,11 @@ def _make(
     progress: bool,
 ) -> None:
     seed, steps = catalog.recipe["seed"], catalog.recipe["steps"]
+    # The compressed files, beside the rows of one shard that is packed and one that grows.
+    num_jobs = sum(file.episodes for file in missing)
+    per_shard = sum(file.episodes for file in catalog.files if file.shard == 0)
+    num_bytes = OracleRollout.make(name).row_bytes() * steps
+    _check_disk(catalog.out, (num_jobs + min(num_jobs, 2 * per_shard)) * num_bytes)
     jobs = [Job(file.shard, file.split, i) for file in missing for i in range(file.episodes)]
     num_shards = catalog.files[-1].shard + 1
     with ExitStack() as stack:
@@ -175,17 +188,11 @@ def _make(
         made = stack.enter_context(
             closing(make_episodes(name, jobs, seed=seed, steps=steps, workers=workers))
         )
-        first = next(made)
-        num_bytes = sum(column.nbytes for column in first[1].values())
-        # The compressed files, beside the rows of one shard that is packed and one that grows.
-        per_shard = sum(file.episodes for file in catalog.files if file.shard == 0)
-        _check_disk(catalog.out, (len(jobs) + min(len(jobs), 2 * per_shard)) * num_bytes)
-        episodes = chain([first], made)
         packing: Future[None] | None = None
         for shard, files in groupby(missing, attrgetter("shard")):
             rows = {file: RowFiles(scratch / file.name) for file in files}
             for file in rows:
-                for _, episode in islice(episodes, file.episodes):
+                for _, episode in islice(made, file.episodes):
                     rows[file].append(episode)
                     bar.set_postfix_str(f"shard {shard + 1}/{num_shards}", refresh=False)
                     bar.update(steps)

@@ -10,18 +10,29 @@ from typing import Any
 import numpy as np
 from tensordict import TensorDict
 
-from torchrl_mac.datasets.columns import ColumnWriter, Schema, write_columns
-from torchrl_mac.datasets.conversion import end_flags, parts_of
-from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.columns import ColumnWriter, write_columns
+from torchrl_mac.datasets.conversion import FLAGS, end_flags, open_rows, parts_of
+from torchrl_mac.datasets.manifest import METADATA, damaged, load_metadata, load_split
+from torchrl_mac.datasets.names import NUM_TASKS, OGBenchName
 from torchrl_mac.datasets.sources import OGBenchSource
 from torchrl_mac.datasets.statistics import ObservationStatistics, RunningStatistics
+from torchrl_mac.datasets.tables import Schema, open_columns
 
-__all__ = ["STATE_KEYS", "LabelledEnv", "column_folder", "convert_columns", "label_of"]
+__all__ = [
+    "STATE_KEYS",
+    "LabelledEnv",
+    "column_folder",
+    "convert_columns",
+    "label_of",
+    "open_labels",
+    "task_of",
+]
 
 STATE_KEYS = ("qpos", "qvel", "button_states")
 """What OGBench files hold beside observations and actions."""
 
 _ORACLE = "oracle_rep"
+_TASKS = ("task-default", *(f"task{number}" for number in range(1, NUM_TASKS + 1)))
 _has_ogbench = importlib.util.find_spec("ogbench") is not None
 
 
@@ -70,8 +81,8 @@ def convert_columns(
     folder = column_folder(dataset_folder, label)
     if label in STATE_KEYS:
         kind = "iu" if label == "button_states" else "f"
-        dtype = np.dtype(np.int64 if kind == "iu" else np.float32)
-        schema: Schema = {label: (dtype, sources[0].shape(label, kind)[1:])}
+        schema = _schema(label, *_width(sources, label, kind))
+        dtype = schema[label][0]
 
         def fill(i: int, writer: ColumnWriter) -> dict[str, Any]:
             for block in sources[i].blocks(label, kind):
@@ -83,8 +94,7 @@ def convert_columns(
 
     elif label == _ORACLE:
         env = LabelledEnv(name)
-        size = env.oracle_reps(_state(sources[0], first_rows=1)).shape[1]
-        schema = {_ORACLE: (np.dtype(np.float32), (size,))}
+        schema = _schema(label, env.oracle_reps(_state(sources[0], first_rows=1)).shape[1])
 
         def fill(i: int, writer: ColumnWriter) -> dict[str, Any]:
             reps = _labelled(env.oracle_reps, sources[i], name)
@@ -99,19 +109,15 @@ def convert_columns(
 
     else:
         env = LabelledEnv(name)
-        boundary = TensorDict.load_memmap(dataset_folder / "rows")["next", "truncated"].numpy()
+        boundary = open_rows(dataset_folder)["next", "truncated"].numpy()
         first = np.cumsum([0, *(source.rows for source in sources)])
-        flag = (np.dtype(bool), (1,))
-        schema = {
-            ("next", "reward"): (np.dtype(np.float32), (1,)),
-            **{("next", key): flag for key in ("terminated", "truncated", "done")},
-        }
+        schema = _schema(label)
 
         def fill(i: int, writer: ColumnWriter) -> dict[str, Any]:
             reward, solved = _labelled(env.rewards, sources[i], name)
             writer.write(("next", "reward"), np.expand_dims(reward, -1))
             flags = end_flags(boundary[first[i] : first[i + 1]], np.expand_dims(solved, -1))
-            for key, values in zip(("terminated", "truncated", "done"), flags, strict=True):
+            for key, values in zip(FLAGS, flags, strict=True):
                 writer.write(("next", key), values)
             return {"solved_rows": int(solved.sum())}
 
@@ -122,6 +128,66 @@ def convert_columns(
     write_columns(
         folder, parts_of(sources), schema, fill, finish, workers=workers, progress=progress
     )
+
+
+def open_labels(dataset_folder: Path, label: str) -> TensorDict:
+    """The columns of a label beside the rows of a converted split, mapped.
+
+    Raises:
+        ValueError: if the manifest is damaged or not of as many rows, or if a file is not what it
+            says.
+    """
+    folder = column_folder(dataset_folder, label)
+    about, rows = load_metadata(folder), load_split(dataset_folder)["rows"]
+    if label in _TASKS:
+        schema = _schema(label)
+    elif label in (_ORACLE, *STATE_KEYS):
+        schema = _schema(label, *about["columns"].get(label, {"shape": [1]})["shape"])
+    else:
+        raise damaged(folder, "there are no columns of that name", folder)
+    if about["rows"] != rows:
+        problem = f"it has {about['rows']} rows, those in {dataset_folder} are {rows}"
+        raise damaged(folder / METADATA, problem, folder)
+    return open_columns(folder, [schema])
+
+
+def task_of(folder: Path) -> int:
+    """The number of the task that the columns in a folder are of.
+
+    Raises:
+        ValueError: if the manifest is damaged, or does not tell.
+    """
+    number = load_metadata(folder).get("task_id")
+    if type(number) is not int or not 1 <= number <= NUM_TASKS:
+        raise damaged(folder / METADATA, f"'task_id' is {number!r}", folder)
+    if folder.name not in ("task-default", f"task{number}"):
+        raise damaged(folder / METADATA, f"'task_id' is {number}, not that of its folder", folder)
+    return number
+
+
+def _schema(label: str, *width: int) -> Schema:
+    """The columns of a label; those of a task need no width."""
+    if width:
+        dtype = np.int64 if label == "button_states" else np.float32
+        return {label: (np.dtype(dtype), width)}
+    flag = (np.dtype(bool), (1,))
+    return {
+        ("next", "reward"): (np.dtype(np.float32), (1,)),
+        **{("next", key): flag for key in FLAGS},
+    }
+
+
+def _width(sources: list[OGBenchSource], label: str, kind: str) -> tuple[int, ...]:
+    """The row shape of an array, which must be the same in all files."""
+    shapes = {source.path: source.shape(label, kind)[1:] for source in sources}
+    first, *_ = shapes
+    for path, shape in shapes.items():
+        if shape != shapes[first] or 0 in shape:
+            raise ValueError(
+                f"{path}: {label!r} has rows of shape {shape}, those of {first} have "
+                f"{shapes[first]}; they must be the same, and not empty."
+            )
+    return shapes[first]
 
 
 def _state(source: OGBenchSource, first_rows: int | None = None) -> dict[str, Any]:

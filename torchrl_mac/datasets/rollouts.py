@@ -166,6 +166,12 @@ class OracleRollout(abc.ABC):
                 return episode
             attempt += 1
 
+    def row_bytes(self) -> int:
+        """The size of a row, from the widths of the environment."""
+        with _seeded(np.random.SeedSequence(0)):
+            row = self._columns(self._rows(1))
+        return sum(column.nbytes for column in row.values())
+
     @abc.abstractmethod
     def _rows(self, steps: int) -> Iterator[dict[str, Any]]:
         """Yields ``steps`` rows, drawing all randomness from ``np.random``."""

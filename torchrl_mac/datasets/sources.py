@@ -15,14 +15,30 @@ from typing import Any
 import numpy as np
 
 from torchrl_mac.datasets.names import OGBenchName
-from torchrl_mac.utils.files import read_json
+from torchrl_mac.utils.files import DamagedError, read_json
 
-__all__ = ["BLOCK_ROWS", "NpzFile", "OGBenchSource", "Source", "find_shards", "validation_file"]
+__all__ = [
+    "BLOCK_ROWS",
+    "NpzFile",
+    "OGBenchSource",
+    "Source",
+    "find_shards",
+    "refuse_twice",
+    "validation_file",
+]
 
 BLOCK_ROWS = 1 << 15
 """Rows that are held in memory at a time."""
 
 _PARSING = threading.Lock()  # Python's parser, which reads headers, may fail in parallel (3.11)
+_UNREADABLE = (
+    ValueError,
+    EOFError,
+    OSError,
+    RuntimeError,  # encrypted, or a method that is not implemented
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _KINDS = {"f": "floats", "b": "booleans", "i": "integers", "u": "unsigned integers"}
 
 
@@ -78,6 +94,8 @@ class NpzFile:
             raise ValueError(
                 f"{path} is not an npz file, or was cut short; download or generate it again."
             ) from err
+        except OSError as err:  # which names the file only if it cannot be opened
+            raise OSError(err.errno, err.strerror, str(path)) from err
 
     def __contains__(self, key: str) -> bool:
         return key in self.checksums
@@ -135,7 +153,7 @@ class NpzFile:
                     yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
                 if file.read(1):  # the end must be reached for the checksum to be compared
                     raise ValueError("it is longer than its header says")
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as err:
+        except _UNREADABLE as err:
             raise ValueError(
                 f"{self.path}: {key!r} cannot be read ({err}); download or generate it again."
             ) from err
@@ -149,7 +167,7 @@ class NpzFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as file:
                 shape, fortran_order, dtype = _read_header(file)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as err:
+        except _UNREADABLE as err:
             raise ValueError(
                 f"{self.path}: {key!r} cannot be read ({err}); download or generate it again."
             ) from err
@@ -255,11 +273,63 @@ def find_shards(source: Path | Sequence[Path], dataset: str) -> list[Path]:
     Returns:
         the files, sorted by name within a folder; validation files (``-val``) are left out. Where
         there are none, the file that should have been there.
+
+    Raises:
+        FileNotFoundError: if a recipe ``{dataset}.json`` beside the files lists one that is not
+            there, or was to have one: of a folder any, of a file the one that belongs to it.
+        ValueError: if the recipe is damaged.
     """
     if not isinstance(source, Path):
         return [path for part in source for path in find_shards(Path(part), dataset)]
     if source.suffix == ".npz":
+        if source.is_file():
+            _demand_listed(source.parent, dataset, {source.name, validation_file(source).name})
         return [source]
+    found = _find_in(source, dataset)
+    if any(path.is_file() for path in found):
+        _demand_listed(found[0].parent, dataset)
+    return found
+
+
+def refuse_twice(paths: Sequence[Path]) -> None:
+    """Compares files, whatever their names.
+
+    Raises:
+        ValueError: if two of them are the same one.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        if path.is_file():
+            identity = path.stat().st_dev, path.stat().st_ino
+            if identity in seen:
+                raise ValueError(f"{path} is given twice, first as {seen[identity]}; give it once.")
+            seen[identity] = path
+
+
+def _demand_listed(folder: Path, dataset: str, names: set[str] | None = None) -> None:
+    """Looks for the files that a recipe lists, and for the other one of each pair."""
+    recipe = folder / f"{dataset}.json"
+    if not recipe.is_file():
+        return
+    content = read_json(recipe)
+    entries = content.get("files") if isinstance(content, dict) else None
+    try:
+        train = {file["file"].removesuffix(".npz").removesuffix("-val") for file in entries or ()}
+    except (TypeError, KeyError, AttributeError):
+        entries = None
+    if entries is None:
+        raise DamagedError(f"{recipe} is damaged: it does not list files; generate them again.")
+    listed = {f"{stem}{end}.npz" for stem in train for end in ("", "-val")}
+    for name in sorted(listed if names is None else listed & names):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: {recipe.name} beside it lists it, or its pair. "
+                f"Generate {dataset} again, which makes what is missing, or delete {recipe.name} "
+                "to use what there is."
+            )
+
+
+def _find_in(source: Path, dataset: str) -> list[Path]:
     if (whole := source / f"{dataset}.npz").is_file():
         return [whole]
     files = sorted(path for path in source.glob("*.npz") if not path.stem.endswith("-val"))
@@ -267,7 +337,7 @@ def find_shards(source: Path | Sequence[Path], dataset: str) -> list[Path]:
     if named:
         return named
     if (source / dataset).is_dir():
-        return find_shards(source / dataset, dataset)
+        return _find_in(source / dataset, dataset)
     foreign = not files or any(_is_of_another(path.stem, dataset) for path in files)
     return [whole] if foreign else files
 

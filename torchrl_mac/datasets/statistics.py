@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -55,9 +55,32 @@ class ObservationStatistics:
         return cls.from_dict({"min": total.min, "max": total.max, "mean": total.mean, "std": std})
 
     @classmethod
-    def from_dict(cls, values: dict) -> ObservationStatistics:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**{key: torch.as_tensor(v, dtype=torch.float32) for key, v in values.items()})
+    def from_dict(cls, values: Any) -> ObservationStatistics:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if they are not finite numbers that can be the statistics of some rows.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or values.keys() != set(names):
+            raise ValueError(f"statistics must have {names}, got {values!r:.60}")
+        try:
+            tensors = [torch.as_tensor(values[name], dtype=torch.float32) for name in names]
+            stacked = torch.stack(tensors).double()
+        except (TypeError, ValueError, RuntimeError) as err:
+            raise ValueError(f"statistics must be lists of as many numbers each ({err})") from err
+        if stacked.ndim != 2 or not stacked.isfinite().all():
+            raise ValueError("statistics must be lists of finite numbers")
+        low, high, mean, std = stacked
+        slack = 1e-6 * torch.maximum(low.abs(), high.abs())  # they are rounded to float32
+        fits = (low <= high) & (low - slack <= mean) & (mean <= high + slack)
+        fits &= (std >= 0) & (std <= (high - low) * (0.5 + 1e-6) + slack)
+        if not fits.all():
+            raise ValueError(
+                "statistics: 'min', 'max', 'mean' and 'std' are not those of any numbers in "
+                f"dimension {int(fits.int().argmin())}"
+            )
+        return cls(*tensors)
 
     def to_dict(self) -> dict[str, list[float]]:
         """The four statistics as lists of numbers, which JSON keeps exactly."""

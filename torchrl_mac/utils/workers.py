@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import signal
 import sys
@@ -16,13 +17,36 @@ from itertools import islice
 from multiprocessing import connection, get_all_start_methods, get_context, spawn
 from typing import Any
 
-__all__ = ["WorkerError", "WorkerPool", "require_main_guard"]
+__all__ = ["WorkerError", "WorkerPool", "number_of_workers", "require_main_guard"]
 
 logger = logging.getLogger("torchrl")  # TorchRL's, which takes seconds to import
 
 
 class WorkerError(RuntimeError):
     """A task failed in a worker process, every time it was tried."""
+
+
+def number_of_workers(workers: int | None) -> int:
+    """How many workers an argument ``workers`` asks for.
+
+    Args:
+        workers (int or None): at least 1, or ``None`` for the number of CPU cores.
+
+    Raises:
+        ValueError: if it is neither.
+
+    Examples:
+        >>> number_of_workers(3), number_of_workers(None) >= 1
+        (3, True)
+    """
+    if workers is None:
+        return os.cpu_count() or 1
+    if type(workers) is not int or workers < 1:
+        raise ValueError(
+            f"workers={workers} is too small or no whole number; it must be 1 or more, or absent "
+            "for the number of CPU cores."
+        )
+    return workers
 
 
 class WorkerPool(contextlib.AbstractContextManager):
