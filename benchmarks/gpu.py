@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
-    presets = ["tiny"] if args.quick else ["paper", "small"]
-    check = SIZES["tiny"] if args.quick else Size()
+    presets = ["least"] if args.quick else ["paper", "small"]
+    check = SIZES["least"] if args.quick else Size()
     reference = parameters_after(check, args.device)
     rows, skipped = [], []
     for preset, switches in itertools.product(presets, variants(args.device, args.quick)):

@@ -37,6 +37,7 @@ SIZES = {
     "small": Size((256,) * 4, 256, 4),
     "paper": Size((1024,) * 4, 1024, 8),
     "tiny": Size((32,) * 2, 16, 2, horizon=2, flow_steps=1),
+    "least": Size((32,), 16, 2, horizon=2, flow_steps=1),
 }
 
 
