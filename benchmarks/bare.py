@@ -11,7 +11,12 @@ try:
     import safetensors.torch  # noqa: F401
     import tqdm  # noqa: F401
 except ImportError:
-    for name, parts in {"tqdm": ["tqdm"], "safetensors.torch": ["load_file", "save_file"]}.items():
+    stubs = {
+        "tqdm": ["tqdm"],
+        "safetensors": ["SafetensorError"],
+        "safetensors.torch": ["load_file", "save_file"],
+    }
+    for name, parts in stubs.items():
         stub = types.ModuleType(name)
         vars(stub).update(dict.fromkeys([*parts, "__spec__"], object()))
         sys.modules.setdefault(name, stub)
