@@ -186,5 +186,18 @@ def test_segments(lengths, equal):
     assert segments.find(torch.arange(len(expected))).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"seed": 1}', '{"seed": "a", "step": 1}', '{"seed": 1, "step": -1}']
+)
+def test_a_damaged_state_is_named(tmp_path, content):
+    sampler = ActionChunkSampler(2, seed=5)
+    sampler.dumps(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(content)
+    with pytest.raises(ValueError, match=str(file)):
+        sampler.loads(tmp_path)
+    assert sampler.state_dict() == {"seed": 5, "step": 0}
+
+
 if __name__ == "__main__":
     pytest.main([__file__])

@@ -15,7 +15,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.storage import ActionChunkStorage, Segments
 from torchrl_mac.data.windows import window_lines
-from torchrl_mac.utils.files import read_json, write_json
+from torchrl_mac.utils.files import DamagedError, read_json, write_json
 
 __all__ = ["ActionChunkSampler"]
 
@@ -236,8 +236,20 @@ class ActionChunkSampler(Sampler):
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.seed, self.step = state_dict["seed"], state_dict["step"]
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            seed, step = state_dict["seed"], state_dict["step"]
+        except (TypeError, KeyError):
+            raise ValueError(f"{state_dict!r:.60} is no state of {self!r}.") from None
+        if not (seed is None or type(seed) is int) or type(step) is not int or step < 0:
+            raise ValueError(
+                f"The state of {self!r} must be whole numbers, got {seed=} and {step=}."
+            )
+        self.seed, self.step = seed, step
 
     def dumps(self, path: str | Path) -> None:
         """Writes the state into a folder."""
@@ -246,7 +258,11 @@ class ActionChunkSampler(Sampler):
 
     def loads(self, path: str | Path) -> None:
         """Reads the state from a folder."""
-        self.load_state_dict(read_json(Path(path) / _STATE))
+        file = Path(path) / _STATE
+        try:
+            self.load_state_dict(read_json(file))
+        except ValueError as error:
+            raise DamagedError(f"{file}: {error}") from error
 
     def _empty(self) -> None:
         self._cache = {}
