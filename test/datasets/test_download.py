@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
+import time
 
 import numpy as np
 import ogbench.utils
 import pytest
 from ogbench_files import make_arrays
 
-from torchrl_mac.datasets import download_dataset
+from torchrl_mac.datasets import download, download_dataset
 from torchrl_mac.utils.files import sha256
 
 NAME = "cube-single-play-v0"
@@ -115,17 +117,21 @@ def test_an_unsound_file_that_is_there_is_named(server, out, how):
     assert not asked and left(out) == [TRAIN]
 
 
-@pytest.mark.parametrize("how", ["missing", "nobody listens"])
+@pytest.mark.parametrize("how", ["missing", "nobody listens", "nobody answers"])
 def test_errors_of_the_network_name_the_address(server, out, how, monkeypatch):
     folder, _, _ = server
     if how == "missing":
         (folder / VAL).unlink()
+    elif how == "nobody answers":
+        monkeypatch.setattr(download, "_SECONDS", 0.2)
+        monkeypatch.setattr(Handler, "do_GET", lambda self: time.sleep(1))
     else:
         monkeypatch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9")
     match = rf"from {ogbench.utils.DATASET_URL} \(.*\)\. Try again.*generate {NAME}.*by hand"
     with pytest.raises(ConnectionError, match=match):
         download_dataset(NAME, out)
     assert left(out) == []
+    assert socket.getdefaulttimeout() is None  # it is nobody else's
 
 
 def test_what_a_killed_process_has_left_is_removed(server, out):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -17,6 +18,8 @@ from torchrl_mac.datasets.verify import verify_files
 from torchrl_mac.utils.files import publish, sha256
 
 __all__ = ["download_dataset"]
+
+_SECONDS = 60.0  # of silence, after which a server is given up
 
 
 def download_dataset(
@@ -41,7 +44,7 @@ def download_dataset(
     Raises:
         ValueError: if a file, there already or just arrived, is not sound or not that of the
             checksum; what has arrived is not kept then.
-        ConnectionError: if the server does not deliver.
+        ConnectionError: if the server does not deliver, or says nothing for a minute.
         OSError: if the folder cannot be written.
 
     Examples:
@@ -79,7 +82,7 @@ def download_dataset(
             check(path, f"{path} is there but not sound, delete it to download it again")
             (scratch / path.name).symlink_to(path.absolute())  # OGBench leaves it alone
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), _silence_at_most(_SECONDS):
                 ogbench.utils.download_datasets([dataset], str(scratch))
         except (URLError, HTTPException, ConnectionError, TimeoutError) as err:
             raise ConnectionError(
@@ -93,3 +96,14 @@ def download_dataset(
         for path in arrived:
             publish(path, paths[0].parent / path.name)
     return paths
+
+
+@contextlib.contextmanager
+def _silence_at_most(seconds: float) -> Iterator[None]:
+    """Gives up connections on which nothing comes for so long."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
