@@ -1,11 +1,11 @@
-"""Replays the reference implementation's updates through this package and compares them.
+"""Replays the reference implementations' updates through this package and compares them.
 
     python test/parity/replay.py FIXTURE.npz
 
-The fixture holds, for two cases (``st``: single-task, ``gc``: goal-conditioned), initial
-parameters, three batches, all noises, and the losses, gradients, rollouts and parameters that
-the authors' own agent computed from them. Every size is read from the fixture. One JSON line
-tells the largest relative error of each kind; the exit code is 1 if any is beyond its tolerance.
+A fixture holds, for one or more cases (a method with its settings), initial parameters, batches,
+all noises, and the losses, gradients and parameters that the authors' own agent computed from them.
+Every size is read from the fixture. One JSON line tells the largest error of each kind; the exit
+code is 1 if any is beyond its tolerance.
 """
 
 from __future__ import annotations
@@ -14,255 +14,38 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
-import numpy as np
-import torch
-from tensordict import TensorDict
-from torch import nn
-from torchrl.modules import ValueOperator
-from torchrl.objectives import SoftUpdate
+import replay_mac
+import replay_qc
+from fixture import configs
 
-from torchrl_mac.modules import (
-    ChunkedWorldModel,
-    FlowMatchingPolicy,
-    FlowRejectionActor,
-    NormedMLP,
-    OneStepPolicy,
-)
-from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpansionLoss
-from torchrl_mac.trainers import LossUpdate
-
-TOLERANCES = {"loss": 1e-4, "rollout": 1e-3, "return": 1e-3, "gradient": 1e-3, "parameter": 1e-5}
-LOSSES = {
-    "dynamics": "loss_dynamics",
-    "flow": "loss_flow",
-    "distill": "loss_distillation",
-    "value": "loss_value",
-    "critic": "loss_qvalue",
-    "success": "loss_termination",
-    "reward": "loss_reward",
-}
+FAMILIES = (replay_mac, replay_qc)
 
 
-def cases_of(path: str | Path) -> list[str]:
-    """The cases of a file: ``st``, ``gc`` or both."""
-    with np.load(path, allow_pickle=False) as file:
-        cases = [case for case in ("st", "gc") if f"{case}/config_json" in file.files]
+def cases_of(path: str | Path) -> dict[str, ModuleType]:
+    """The cases of a file, each with the module that replays it."""
+    cases = {
+        case: family
+        for case, config in configs(path).items()
+        for family in FAMILIES
+        if family.accepts(case, config)
+    }
     if not cases:
-        raise SystemExit(f"{path} has neither case 'st' nor 'gc': it is not a parity fixture.")
+        raise SystemExit(f"{path} has no case of a known agent: it is not a parity fixture.")
     return cases
 
 
-class Fixture:
-    """One case of a fixture file, and its arrays as tensors."""
-
-    def __init__(self, path: str | Path, case: str) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            prefix = f"{case}/"
-            arrays = {k.removeprefix(prefix): file[k] for k in file.files if k.startswith(prefix)}
-        if not arrays:
-            raise SystemExit(f"{path} has no case {case!r}: it is not a parity fixture.")
-        self.config = json.loads(str(arrays.pop("config_json")))
-        self.arrays = arrays
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return torch.as_tensor(self.arrays[key], dtype=torch.float32)
-
-    def keys(self, prefix: str) -> list[str]:
-        return [key for key in self.arrays if key.startswith(prefix)]
-
-    @property
-    def has_goals(self) -> bool:
-        return bool(self.keys("step0/batch/value_goals"))
-
-    @property
-    def steps(self) -> int:
-        return len({key.split("/")[0] for key in self.keys("step")})
-
-
-class Agent:
-    """The package's modules, losses and update, with the sizes and parameters of a fixture."""
-
-    def __init__(self, fixture: Fixture) -> None:
-        config = fixture.config
-        chunk_size, action_dim = config["action_chunking"], config["action_dim"]
-        self.networks = {}
-        for name in sorted({key.split("/")[1] for key in fixture.keys("params0/")}):
-            kernels = [
-                fixture[f"params0/{name}/Dense_{i}/kernel"]
-                for i in range(len(fixture.keys(f"params0/{name}/Dense_")) // 2)
-            ]
-            self.networks[name] = NormedMLP(
-                kernels[0].shape[0],
-                kernels[-1].shape[1],
-                [kernel.shape[1] for kernel in kernels[:-1]],
-                layer_norm=bool(fixture.keys(f"params0/{name}/LayerNorm_0/")),
-            )
-        nets = self.networks
-        target_network = nets.pop("target_value")
-        goal = ["goal"] if fixture.has_goals else []
-        state, noisy = ["observation", *goal], ["observation", *goal, "noise"]
-        steps = config["flow_steps"]
-        flow = FlowMatchingPolicy(nets["actor_flow"], action_dim, steps, in_keys=noisy)
-        student = OneStepPolicy(nets["actor_onestep_flow"], action_dim, in_keys=noisy)
-        value = ValueOperator(nets["value"], in_keys=state)
-        qvalue = ValueOperator(nets["critic"], in_keys=[*state, "action"])
-        world_model = ChunkedWorldModel(
-            nets["dynamics"],
-            nets["reward"],
-            nets["success"],
-            goal_key=goal[0] if goal else None,
-            negative_reward=config.get("gc_negative", True) if goal else None,
-        )
-        self.actor = FlowRejectionActor(
-            student,
-            qvalue,
-            num_candidates=fixture["step0/noise/rollout_noises"].shape[1],
-            chunk_size=chunk_size,
-        )
-        self.value_expansion = ValueExpansionLoss(
-            self.actor,
-            value,
-            qvalue,
-            world_model,
-            imagination_horizon=fixture["step0/noise/rollout_noises"].shape[0],
-            delay_value=config.get("target_network", True),
-        )
-        self.value_expansion.make_value_estimator(gamma=config["discount"], lmbda=config["lam"])
-        losses = [
-            FlowBCLoss(flow, student),
-            ChunkedWorldModelLoss(world_model),
-            self.value_expansion,
-        ]
-        updater = None
-        if self.value_expansion.delay_value:
-            updater = SoftUpdate(self.value_expansion, tau=config["tau"])
-            self._load(target_network, fixture, "target_value")
-            targets = TensorDict.from_module(ValueOperator(target_network))
-            self.value_expansion.target_value_network_params.data.update_(targets.data)
-        for name, network in nets.items():
-            self._load(network, fixture, name)
-        parameters = [parameter for loss in losses for parameter in loss.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=config["lr"])
-        self.update = LossUpdate(losses, optimizer, [updater] if updater else [])
-
-    def leaves(self, module: str, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A network's tensors under the fixture's names and layouts."""
-        network = self.networks["value" if module == "target_value" else module]
-        leaves, counts = {}, {nn.Linear: 0, nn.LayerNorm: 0}
-        for name, layer in network.layers.named_children():
-            kind = type(layer)
-            if kind not in counts:
-                continue
-            weight, bias = (params[f"layers.{name}.{leaf}"] for leaf in ("weight", "bias"))
-            if kind is nn.Linear:
-                leaves[f"Dense_{counts[kind]}/kernel"] = weight.T
-                leaves[f"Dense_{counts[kind]}/bias"] = bias
-            else:
-                leaves[f"LayerNorm_{counts[kind]}/scale"] = weight
-                leaves[f"LayerNorm_{counts[kind]}/bias"] = bias
-            counts[kind] += 1
-        return leaves
-
-    def _load(self, network: NormedMLP, fixture: Fixture, module: str) -> None:
-        params = {name: parameter.data for name, parameter in network.named_parameters()}
-        for leaf, tensor in self.leaves(module, params).items():
-            tensor.copy_(fixture[f"params0/{module}/{leaf}"])
-
-    def parameters(self, module: str) -> dict[str, torch.Tensor]:
-        if module == "target_value":
-            target = self.value_expansion.target_value_network_params
-            params = {k[len("module.") :]: v for k, v in target.flatten_keys(".").items()}
-            return self.leaves(module, params)
-        return self.leaves(module, dict(self.networks[module].named_parameters()))
-
-    def gradients(self, module: str) -> dict[str, torch.Tensor]:
-        params = dict(self.networks[module].named_parameters())
-        return self.leaves(module, {name: p.grad for name, p in params.items()})
-
-
-def batch(fixture: Fixture, step: str) -> TensorDict:
-    """A stored batch, with its noises, in the layout of the replay buffer."""
-    data = {key: fixture[f"{step}/batch/{key}"] for key in ("observations", "next_observations")}
-    chunk_size = fixture.config["action_chunking"]
-    noises = fixture[f"{step}/noise/rollout_noises"]
-    goals = ("value_goal", "actor_goal") if fixture.has_goals else ()
-    return TensorDict(
-        **{goal: fixture[f"{step}/batch/{goal}s"] for goal in goals},
-        observation=data["observations"],
-        action=fixture[f"{step}/batch/actions"].unflatten(-1, (chunk_size, -1)),
-        flow_noise=fixture[f"{step}/noise/flow_x0"],
-        flow_time=fixture[f"{step}/noise/flow_t"],
-        distillation_noise=fixture[f"{step}/noise/distill_noise"],
-        noise=noises.permute(2, 0, 1, 3),
-        next=TensorDict(
-            observation=data["next_observations"],
-            reward=fixture[f"{step}/batch/rewards"].unsqueeze(-1),
-            terminated=fixture[f"{step}/batch/masks"].unsqueeze(-1) == 0,
-        ),
-    ).auto_batch_size_(1)
-
-
-def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the array's largest entry."""
-    scale = theirs.abs().max()
-    if ours.shape != theirs.shape:
-        raise SystemExit(f"Shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}.")
-    return float((ours - theirs).abs().max() / torch.where(scale > 0, scale, 1.0))
-
-
-def replay(path: str | Path, case: str = "st") -> dict[str, dict[str, float]]:
-    """Runs every stored update; returns ``{kind: {array: largest relative error}}``."""
-    fixture = Fixture(path, case)
-    agent = Agent(fixture)
-    errors: dict[str, dict[str, float]] = {kind: {} for kind in TOLERANCES}
-
-    def note(kind: str, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        errors[kind][name] = max(errors[kind].get(name, 0.0), error(ours.detach(), theirs))
-
-    for k in range(fixture.steps):
-        step = f"step{k}"
-        data = batch(fixture, step)
-        rollout = agent.value_expansion.imagine(data)
-        official = f"{step}/official"
-        arrays = {
-            "observations": rollout["observation"],
-            "actions": rollout["action"].flatten(-2),
-            "next_observations": rollout["next", "observation"],
-            "rewards": rollout["next", "reward"].squeeze(-1),
-            "masks": 1 - rollout["next", "terminated"].squeeze(-1).float(),
-        }
-        for name, ours in arrays.items():
-            theirs = fixture[f"{official}/rollout_{name}"]
-            note("rollout", name, ours.transpose(0, 1), theirs)
-        returns = agent.value_expansion.value_target(rollout).squeeze(-1).T
-        note("return", "returns", returns, fixture[f"{official}/rollout_returns"])
-
-        metrics = agent.update(data)
-        for name, key in LOSSES.items():
-            note("loss", name, metrics[key], fixture[f"{official}/loss/{name}"])
-        total = sum(metrics[key] for key in LOSSES.values())
-        note("loss", "total", total, fixture[f"{official}/loss/total"])
-        for module in agent.networks:
-            for leaf, ours in agent.gradients(module).items():
-                theirs = fixture[f"{step}/grad/{module}/{leaf}"]
-                note("gradient", f"{module}/{leaf}", ours, theirs)
-        modules = [*agent.networks, *(["target_value"] if agent.update.target_updaters else [])]
-        for module in modules:
-            for leaf, ours in agent.parameters(module).items():
-                theirs = fixture[f"{step}/params_after/{module}/{leaf}"]
-                note("parameter", f"{module}/{leaf}", ours, theirs)
-    return errors
-
-
-def summary(path: Path, case: str) -> dict:
-    """A case's verdict and largest errors."""
-    errors = replay(path, case)
+def verdict(errors: dict[str, dict[str, float]], tolerances: dict[str, float]) -> dict:
+    """Whether all errors are within their tolerances, and the largest of each kind."""
     largest = {}
     for kind, by_name in errors.items():
-        worst = max(by_name, key=by_name.get)
-        largest[kind] = {"error": by_name[worst], "of": worst, "tolerance": TOLERANCES[kind]}
-    passed = all(entry["error"] <= entry["tolerance"] for entry in largest.values())
+        if by_name:
+            worst = max(by_name, key=by_name.get)
+            largest[kind] = {"error": by_name[worst], "of": worst, "tolerance": tolerances[kind]}
+    passed = bool(largest) and all(
+        entry["error"] <= entry["tolerance"] for entry in largest.values()
+    )
     return {"passed": passed, "largest_relative_error": largest, "all": errors}
 
 
@@ -270,9 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fixture", type=Path, help="a file such as mac.npz")
     path = parser.parse_args(argv).fixture
-    cases = {case: summary(path, case) for case in cases_of(path)}
-    print(json.dumps({"fixture": path.name, **cases}))
-    return 0 if all(case["passed"] for case in cases.values()) else 1
+    report = {
+        case: verdict(family.replay(path, case), family.TOLERANCES)
+        for case, family in cases_of(path).items()
+    }
+    print(json.dumps({"fixture": path.name, **report}))
+    return 0 if all(case["passed"] for case in report.values()) else 1
 
 
 if __name__ == "__main__":

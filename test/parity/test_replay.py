@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import replay
 import torch
+from fixture import Fixture
+from replay_mac import LOSSES, has_goals
 from tensordict import TensorDict
 from torchrl.modules import ValueOperator
 
@@ -20,9 +22,9 @@ def fixture_of(case):
     return ASSETS / f"mac_{case}.npz"
 
 
-def tampered(tmp_path, case, **changes):
+def tampered(tmp_path, source, **changes):
     """The fixture with some arrays scaled."""
-    with np.load(fixture_of(case)) as file:
+    with np.load(source) as file:
         arrays = {key: file[key] for key in file.files}
     for key, factor in changes.items():
         key = key.replace("__", "/")
@@ -39,7 +41,7 @@ def test_replay_agrees_with_the_reference(capsys, case):
     assert set(report) == {"fixture", case}
     assert report[case]["passed"]
     names = report[case]["all"]
-    assert set(names["loss"]) == {*replay.LOSSES, "total"}
+    assert set(names["loss"]) == {*LOSSES, "total"}
     modules = {key.split("/")[0] for key in names["parameter"]}
     assert modules == {
         *("dynamics", "value", "target_value", "critic"),
@@ -61,24 +63,57 @@ def test_replay_agrees_with_the_reference(capsys, case):
 )
 def test_replay_notices_a_difference(tmp_path, capsys, key, kind):
     case = key[:2]
-    path = tampered(tmp_path, case, **{key: 1.01})
+    path = tampered(tmp_path, fixture_of(case), **{key: 1.01})
     assert replay.main([str(path)]) == 1
     errors = json.loads(capsys.readouterr().out)[case]["largest_relative_error"]
     failed = [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
     assert failed == [kind] if "batch" not in key else kind in failed
 
 
+def test_replay_agrees_with_q_chunking(capsys):
+    assert replay.main([str(ASSETS / "qc.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"fixture", "qcfql", "fqln", "bfnn", "qcrlpd"}
+    for case in ("qcfql", "fqln", "bfnn", "qcrlpd"):
+        assert set(report[case]["largest_relative_error"]) == {
+            *("loss", "gradient", "parameter", "target", "action")
+        }
+    modules = {key.split("/")[0] for key in report["qcfql"]["all"]["parameter"]}
+    assert modules == {"actor_bc_flow", "actor_onestep_flow", "critic"}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("qcfql__step0__official__critic__critic_loss", "loss"),
+        ("qcfql__step2__batch__valid", "gradient"),
+        ("bfnn__step0__noise__next_noise", "action"),
+        ("bfnn__eval_batch__official_action", "action"),
+        ("qcrlpd__step0__grad__alpha__log_temp", "gradient"),
+        ("qcrlpd__step0__params_after__actor__Dense_logstd__kernel", "parameter"),
+        ("qcfql__step1__params_after__target_critic__LayerNorm_0__scale", "target"),
+        ("fqln__step0__official__actor__distill_loss", "loss"),
+    ],
+)
+def test_replay_of_q_chunking_notices_a_difference(tmp_path, capsys, key, kind):
+    factor = 0.0 if key.endswith("valid") else 1.01
+    assert replay.main([str(tampered(tmp_path, ASSETS / "qc.npz", **{key: factor}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    failed = [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+    assert kind in failed
+
+
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))
-    with pytest.raises(SystemExit, match=r"other\.npz has neither case 'st' nor 'gc'"):
+    with pytest.raises(SystemExit, match=r"other\.npz has no case of a known agent"):
         replay.main([str(path)])
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("evaluation", ["eval_single", "eval_batch"])
 def test_actor_chooses_the_reference_chunk(case, evaluation):
-    fixture = replay.Fixture(fixture_of(case), case)
+    fixture = Fixture(fixture_of(case), case)
     networks = {}
     for module in ("critic", "actor_onestep_flow"):
         prefix = f"eval_params/{module}"
@@ -96,7 +131,7 @@ def test_actor_chooses_the_reference_chunk(case, evaluation):
                 layer.bias.copy_(fixture[f"{prefix}/LayerNorm_{i}/bias"])
         networks[module] = network
     noises = fixture[f"{evaluation}/noises"]
-    state = ["observation", "goal"] if fixture.has_goals else ["observation"]
+    state = ["observation", "goal"] if has_goals(fixture) else ["observation"]
     actor = FlowRejectionActor(
         OneStepPolicy(networks["actor_onestep_flow"], noises.shape[-1], in_keys=[*state, "noise"]),
         ValueOperator(networks["critic"], in_keys=[*state, "action"]),
@@ -104,7 +139,7 @@ def test_actor_chooses_the_reference_chunk(case, evaluation):
         chunk_size=fixture.config["action_chunking"],
     )
     td = TensorDict(observation=fixture[f"{evaluation}/observations"], noise=noises.movedim(0, -2))
-    if fixture.has_goals:
+    if has_goals(fixture):
         td["goal"] = fixture[f"{evaluation}/goals"]
     td.auto_batch_size_(td["observation"].ndim - 1)
     td = actor(td)

@@ -11,7 +11,9 @@ from torchrl_mac.modules.flow import (
     OneStepModel,
     OneStepPolicy,
 )
+from torchrl_mac.modules.gaussian import TanhGaussianModel, TanhGaussianPolicy
 from torchrl_mac.modules.mlp import ACTIVATIONS, NormedMLP, TanhGELU
+from torchrl_mac.modules.qvalues import QAggregation, QValueEnsemble
 from torchrl_mac.modules.rejection import FlowRejectionActor
 from torchrl_mac.modules.stacked import StackedMLP
 from torchrl_mac.modules.world_model import ChunkedWorldModel, WorldModelBase
@@ -30,8 +32,12 @@ __all__ = [
     "OneStepModel",
     "OneStepPolicy",
     "PolicyActor",
+    "QAggregation",
+    "QValueEnsemble",
     "StackedMLP",
     "TanhGELU",
+    "TanhGaussianModel",
+    "TanhGaussianPolicy",
     "WorldModelBase",
     "build",
     "describe",

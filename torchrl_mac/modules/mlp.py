@@ -48,7 +48,8 @@ class NormedMLP(nn.Module, Configurable):
 
     The activation comes *before* the normalisation and GELU is the tanh approximation, as in
     the reference implementation of MAC (https://arxiv.org/abs/2512.08108). TorchRL's
-    :class:`~torchrl.modules.MLP` normalises before it activates, which is another function.
+    :class:`~torchrl.modules.MLP` normalises before it activates, which is another function:
+    that of ``norm_first``.
     Weights are Xavier-uniform and biases zero in every layer, the last included.
 
     Args:
@@ -62,6 +63,8 @@ class NormedMLP(nn.Module, Configurable):
             ``ACTIVATIONS``. Defaults to GELU in its tanh approximation; ``"relu"`` is a quarter
             faster to train on a CPU.
         layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
+        norm_first (bool, optional): whether they are normalised before they are activated, as the
+            critics of RLPD (https://arxiv.org/abs/2302.02948). Defaults to ``False``.
         device (torch.device, optional): the device of the parameters.
 
     Under :class:`torch.autocast` the last layer is computed in full precision.
@@ -90,17 +93,21 @@ class NormedMLP(nn.Module, Configurable):
         *,
         activation_class: Callable[[], nn.Module] | str = TanhGELU,
         layer_norm: bool = True,
+        norm_first: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.num_cells, self.layer_norm = tuple(num_cells), layer_norm
+        self.num_cells = tuple(num_cells)
+        self.layer_norm, self.norm_first = layer_norm, norm_first
         self.activation_class = activation_class = activation(activation_class)
         layers: list[nn.Module] = []
         for cells in num_cells:
-            layers += [nn.Linear(in_features, cells, device=device), activation_class()]
+            hidden: list[nn.Module] = [activation_class()]
             if layer_norm:
-                layers.append(nn.LayerNorm(cells, eps=1e-6, device=device))
+                norm = nn.LayerNorm(cells, eps=1e-6, device=device)
+                hidden = [norm, *hidden] if norm_first else [*hidden, norm]
+            layers += [nn.Linear(in_features, cells, device=device), *hidden]
             in_features = cells
         layers.append(nn.Linear(in_features, out_features, device=device))
         self.layers = nn.Sequential(*layers)
@@ -117,6 +124,7 @@ class NormedMLP(nn.Module, Configurable):
             "num_cells": self.num_cells,
             "activation_class": activation_name(self.activation_class),
             "layer_norm": self.layer_norm,
+            "norm_first": self.norm_first,
         }
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class StackedMLP(nn.Module, Configurable):
 
     Keyword Args:
         activation_class (callable or str, optional): see :class:`NormedMLP`.
-        layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
+        layer_norm, norm_first (bool, optional): see :class:`NormedMLP`.
         broadcast (bool, optional): whether inputs ``[*, ...]`` are those of every network. Defaults
             to ``False``: inputs are ``[T, *, ...]``.
         device (torch.device, optional): the device of the parameters.
@@ -75,6 +75,7 @@ class StackedMLP(nn.Module, Configurable):
         *,
         activation_class: Callable[[], nn.Module] | str = TanhGELU,
         layer_norm: bool = True,
+        norm_first: bool = False,
         broadcast: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -83,7 +84,8 @@ class StackedMLP(nn.Module, Configurable):
             raise ValueError(f"num_networks must be at least 1, got {num_networks}.")
         self.num_networks = num_networks
         self.in_features, self.out_features = in_features, out_features
-        self.num_cells, self.layer_norm = tuple(num_cells), layer_norm
+        self.num_cells = tuple(num_cells)
+        self.layer_norm, self.norm_first = layer_norm, norm_first
         self.broadcast = broadcast
         self.activation_class = activation(activation_class)
         self.activation = self.activation_class()
@@ -116,6 +118,7 @@ class StackedMLP(nn.Module, Configurable):
             "num_cells": self.num_cells,
             "activation_class": self.activation_class,
             "layer_norm": self.layer_norm,
+            "norm_first": self.norm_first,
         }
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -134,13 +137,19 @@ class StackedMLP(nn.Module, Configurable):
         features = features.reshape(self.num_networks, -1, self.in_features)
         for i in range(len(self.num_cells)):
             features = torch.baddbmm(self.biases[i], features, self.weights[i])
-            features = self.activation(features)
-            if self.layer_norm:
-                features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
-                features = torch.addcmul(self.shifts[i], features, self.scales[i])
+            if self.norm_first:
+                features = self.activation(self._normed(features, i))
+            else:
+                features = self._normed(self.activation(features), i)
         with full_precision(features) as features:
             features = torch.baddbmm(self.biases[-1], features, self.weights[-1])
         return features.unflatten(1, shape) if shape else features.squeeze(1)
+
+    def _normed(self, features: Tensor, layer: int) -> Tensor:
+        if not self.layer_norm:
+            return features
+        features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
+        return torch.addcmul(self.shifts[layer], features, self.scales[layer])
 
     def network(self, index: int) -> NormedMLP:
         """One of the networks; it shares its memory with this module."""

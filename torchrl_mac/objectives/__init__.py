@@ -1,7 +1,18 @@
-"""The three losses of MAC, as TorchRL loss modules."""
+"""The losses of MAC and of the Q-chunking family, as TorchRL loss modules."""
 
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
+from torchrl_mac.objectives.fql import FQLLoss
+from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
+from torchrl_mac.objectives.sac import ChunkedSACLoss
 from torchrl_mac.objectives.value_expansion import ValueExpansionLoss
 from torchrl_mac.objectives.world_model import ChunkedWorldModelLoss
 
-__all__ = ["ChunkedWorldModelLoss", "FlowBCLoss", "ValueExpansionLoss"]
+__all__ = [
+    "ChunkedQValueLoss",
+    "ChunkedSACLoss",
+    "ChunkedWorldModelLoss",
+    "FQLLoss",
+    "FlowBCLoss",
+    "QValueLossBase",
+    "ValueExpansionLoss",
+]

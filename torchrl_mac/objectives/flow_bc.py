@@ -12,7 +12,13 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
-from torchrl_mac.objectives.common import GoalKeys, autocast_to, required, same_shape
+from torchrl_mac.objectives.common import (
+    GoalKeys,
+    autocast_to,
+    condition_and_action,
+    flow_matching_error,
+    given_or_drawn,
+)
 
 __all__ = ["FlowBCLoss"]
 
@@ -34,7 +40,7 @@ class FlowBCLoss(LossModule):
 
     Args:
         flow_policy (FlowMatchingPolicy): the behaviour policy.
-        onestep_policy (OneStepPolicy): its student.
+        onestep_policy (OneStepPolicy, optional): its student. Default: none, and no distillation.
 
     Keyword Args:
         sampling_dtype (torch.dtype, optional): the flow's own samples, which the student learns
@@ -46,7 +52,9 @@ class FlowBCLoss(LossModule):
     ``"goal"``, if they read one, ``"actor_goal"`` ``[*, G]``) and the
     action, flat ``[*, D]`` or a chunk ``[*, h, A]`` with ``D = h * A``. Noise
     (``"flow_noise"`` and ``"distillation_noise"`` ``[*, D]``, ``"flow_time"`` ``[*, 1]``) is
-    drawn unless the input has it.
+    drawn unless the input has it. Where it says of a chunk's actions that they are not ``"valid"``
+    (bool ``[*, h, 1]``), the flow does not learn them; the average is over all of them, as in
+    Q-chunking (https://arxiv.org/abs/2507.07969).
 
     Examples:
         >>> import torch
@@ -71,6 +79,7 @@ class FlowBCLoss(LossModule):
                 ``"goal"``.
             actor_goal (NestedKey): the entry of the input that it is. Defaults to
                 ``"actor_goal"``.
+            valid (NestedKey): optionally, which of a chunk's actions the flow learns.
             flow_noise (NestedKey): optional noise of the flow term.
             flow_time (NestedKey): optional times of the flow term.
             distillation_noise (NestedKey): optional noise of the distillation term.
@@ -80,6 +89,7 @@ class FlowBCLoss(LossModule):
         action: NestedKey = "action"
         goal: NestedKey = "goal"
         actor_goal: NestedKey = "actor_goal"
+        valid: NestedKey = "valid"
         flow_noise: NestedKey = "flow_noise"
         flow_time: NestedKey = "flow_time"
         distillation_noise: NestedKey = "distillation_noise"
@@ -99,7 +109,7 @@ class FlowBCLoss(LossModule):
     def __init__(
         self,
         flow_policy: FlowMatchingPolicy,
-        onestep_policy: OneStepPolicy,
+        onestep_policy: OneStepPolicy | None = None,
         *,
         sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
@@ -107,13 +117,17 @@ class FlowBCLoss(LossModule):
         super().__init__()
         self.sampling_dtype = sampling_dtype
         self.convert_to_functional(flow_policy, "flow_policy")
-        self.convert_to_functional(onestep_policy, "onestep_policy")
+        if onestep_policy is None:
+            self.out_keys = ["loss_flow"]
+        else:
+            self.convert_to_functional(onestep_policy, "onestep_policy")
         self.reduction = reduction
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """What the policies are conditioned on, and the action."""
-        conditions = [*self.flow_policy.in_keys[:-1], *self.onestep_policy.in_keys[:-1]]
+        policies = [getattr(self, name, None) for name in ("flow_policy", "onestep_policy")]
+        conditions = [key for policy in policies if policy for key in policy.in_keys[:-1]]
         return [*self._conditions.sources(conditions), self.tensor_keys.action]
 
     @property
@@ -131,27 +145,16 @@ class FlowBCLoss(LossModule):
     def flow_loss(self, tensordict: TensorDictBase) -> Tensor:
         """The flow-matching regression of the behaviour policy."""
         condition, action = self._condition_and_action(tensordict, self.flow_policy)
-        noise = tensordict.get(self.tensor_keys.flow_noise, None)
-        if noise is None:
-            noise = torch.randn_like(action)
-        time = tensordict.get(self.tensor_keys.flow_time, None)
-        if time is None:
-            time = torch.rand_like(action[..., :1])
-        same_shape(self.tensor_keys.flow_noise, noise, action.shape)
-        same_shape(self.tensor_keys.flow_time, time, action[..., :1].shape)
         with self.flow_policy_params.to_module(self.flow_policy):
-            velocity = self.flow_policy.velocity(
-                condition, (1 - time) * noise + time * action, time
+            error = flow_matching_error(
+                self.flow_policy, condition, action, tensordict, self.tensor_keys
             )
-        return self._reduced(velocity - (action - noise), tensordict)
+        return self._reduced(error, tensordict)
 
     def distillation_loss(self, tensordict: TensorDictBase) -> Tensor:
         """The regression of the student on the flow's samples."""
         condition, action = self._condition_and_action(tensordict, self.onestep_policy)
-        noise = tensordict.get(self.tensor_keys.distillation_noise, None)
-        if noise is None:
-            noise = torch.randn_like(action)
-        same_shape(self.tensor_keys.distillation_noise, noise, action.shape)
+        noise = given_or_drawn(tensordict, self.tensor_keys.distillation_noise, action)
         with (
             torch.no_grad(),
             autocast_to(self.sampling_dtype, noise.device),
@@ -160,18 +163,13 @@ class FlowBCLoss(LossModule):
             target = self.flow_policy(condition, noise)
         with self.onestep_policy_params.to_module(self.onestep_policy):
             sample = self.onestep_policy(condition, noise, clamp=False)
-        return self._reduced(sample - target, tensordict)
+        return self._reduced((sample - target).square().mean(-1), tensordict)
 
     def _condition_and_action(
         self, tensordict: TensorDictBase, policy: FlowMatchingPolicy | OneStepPolicy
     ) -> tuple[Tensor, Tensor]:
-        condition = torch.cat(
-            [*self._conditions.read(tensordict, policy.in_keys[:-1]).values()], -1
-        )
-        action = required(tensordict, self.tensor_keys.action).flatten(condition.ndim - 1)
-        flat = (*condition.shape[:-1], policy.action_dim)
-        return condition, same_shape(self.tensor_keys.action, action, flat)
+        return condition_and_action(tensordict, policy, self._conditions, self.tensor_keys.action)
 
     def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
         weights = self._maybe_get_priority_weight(tensordict)
-        return self._reduce_loss(error.square().mean(-1), tensordict, weights=weights)
+        return self._reduce_loss(error, tensordict, weights=weights)

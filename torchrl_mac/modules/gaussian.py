@@ -1,0 +1,147 @@
+"""Squashed Gaussian policies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrl_mac.modules.config import as_keys
+from torchrl_mac.modules.flow import FlowPolicyBase
+from torchrl_mac.modules.shapes import shaped
+
+__all__ = ["TanhGaussianModel", "TanhGaussianPolicy"]
+
+
+class TanhGaussianModel(nn.Module):
+    r"""Samples actions :math:`a = \tanh(\mu(s) + \sigma(s) z)`, :math:`z \sim \mathcal N(0, I)`.
+
+    The logarithm of :math:`\sigma` is clipped. All coordinates of a chunk are independent given
+    the state.
+
+    Args:
+        network (nn.Module): maps an observation ``[*, O]`` to means and log-deviations,
+            ``[*, 2 * action_dim]``.
+        action_dim (int): the number of action coordinates; ``h * A`` for a chunk.
+
+    Keyword Args:
+        log_std_bounds (tuple of float, optional): of the deviation's logarithm. Defaults to
+            ``(-20.0, 2.0)``.
+
+    Noise is drawn under every exploration type; pass it for repeatable samples, or zeros for the
+    mode.
+
+    Raises:
+        ValueError: when called, if the noise or the network's output does not fit the action.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import NormedMLP, TanhGaussianModel
+        >>> model = TanhGaussianModel(NormedMLP(4, 2 * 6, num_cells=(32,)), action_dim=6)
+        >>> action, log_prob = model.sample(torch.randn(3, 4))
+        >>> action.shape, log_prob.shape
+        (torch.Size([3, 6]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        action_dim: int,
+        *,
+        log_std_bounds: tuple[float, float] = (-20.0, 2.0),
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.action_dim = action_dim
+        self.log_std_bounds = (float(log_std_bounds[0]), float(log_std_bounds[1]))
+
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Maps an observation ``[*, O]`` to an action ``[*, action_dim]``."""
+        return self._before_tanh(observation, noise)[0].tanh()
+
+    def sample(self, observation: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """An action ``[*, action_dim]`` and its log-density ``[*]``, finite where tanh saturates.
+
+        Both carry gradients of the parameters through the sample.
+        """
+        x, mean, log_std = self._before_tanh(observation, noise)
+        return x.tanh(), _log_prob(x, mean, log_std)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The log-density ``[*]`` of actions ``[*, action_dim]`` within (-1, 1)."""
+        mean, log_std = self._mean_and_log_std(observation)
+        return _log_prob(torch.atanh(action), mean, log_std)
+
+    def _before_tanh(
+        self, observation: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_std = self._mean_and_log_std(observation)
+        noise = torch.randn_like(mean) if noise is None else shaped(noise, mean.shape, "The noise")
+        return mean + log_std.exp() * noise, mean, log_std
+
+    def _mean_and_log_std(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.network(observation)
+        shaped(out, (*observation.shape[:-1], 2 * self.action_dim), "The output of network")
+        mean, log_std = out.chunk(2, -1)
+        return mean, log_std.clamp(*self.log_std_bounds)
+
+
+class TanhGaussianPolicy(FlowPolicyBase):
+    """A squashed Gaussian policy, of single actions or whole chunks, as a TensorDict module.
+
+    See :class:`TanhGaussianModel`; the actor of RLPD (https://arxiv.org/abs/2302.02948).
+
+    Args:
+        network (nn.Module): maps ``[*, O]`` to ``[*, 2 * action_dim]``.
+        action_dim (int): the number of action coordinates; ``h * A`` for a chunk.
+
+    Keyword Args:
+        log_std_bounds (tuple of float, optional): see :class:`TanhGaussianModel`.
+        **kwargs: ``in_keys`` and ``out_keys`` of :class:`FlowPolicyBase`.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_mac.modules import NormedMLP, TanhGaussianPolicy
+        >>> policy = TanhGaussianPolicy(NormedMLP(4, 2 * 6, num_cells=(32,)), action_dim=6)
+        >>> td = policy(TensorDict({"observation": torch.randn(3, 4)}, [3]))
+        >>> td["action"].shape
+        torch.Size([3, 6])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        action_dim: int,
+        *,
+        log_std_bounds: tuple[float, float] = (-20.0, 2.0),
+        **kwargs: Any,
+    ) -> None:
+        module = TanhGaussianModel(network, action_dim, log_std_bounds=log_std_bounds)
+        super().__init__(module, **kwargs)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "network": self.module.network,
+            "action_dim": self.action_dim,
+            "log_std_bounds": self.module.log_std_bounds,
+            "in_keys": self.in_keys,
+            "out_keys": self.out_keys,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes another policy from what :meth:`config` returned."""
+        keys = {name: as_keys(config[name]) for name in ("in_keys", "out_keys")}
+        return cls(**{**config, **keys})
+
+
+def _log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """The log-density of ``tanh(x)``, by what was there before the tanh: it can be recovered."""
+    normal = -0.5 * ((x - mean) * (-log_std).exp()).square() - log_std
+    jacobian = 2 * (math.log(2) - x - F.softplus(-2 * x))
+    return (normal - 0.5 * math.log(2 * math.pi) - jacobian).sum(-1)

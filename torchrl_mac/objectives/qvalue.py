@@ -1,0 +1,365 @@
+"""Temporal-difference learning of chunk values, for the actions of any actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives.utils import _vmap_func, dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_mac.modules import QAggregation, QValueEnsemble
+from torchrl_mac.modules.qvalues import aggregate
+from torchrl_mac.objectives.common import GoalKeys, ranking_with, required, same_shape
+
+__all__ = ["ChunkedQValueLoss", "QValueLossBase"]
+
+
+class QValueLossBase(LossModule):
+    r"""What losses with an ensemble of critics share: their members, their target, their term.
+
+    A subclass has an ``actor_network`` that chooses the actions of the next state: a policy that is
+    trained by the same loss, unless ``_next_action`` says otherwise.
+
+    Args:
+        qvalue_network (QValueEnsemble, TensorDictModule or list of them): the critics: an ensemble
+            as one module; one critic, of which ``num_qvalue_nets`` are made with parameters of
+            their own; or a list of critics. They write ``"state_action_value"`` ``[*, 1]``.
+
+    Keyword Args:
+        num_qvalue_nets (int, optional): the number of critics made of a single one. Defaults to 2.
+        q_aggregation (str, optional): ``"mean"`` or ``"min"`` of the critics in the target.
+            Defaults to an ensemble's own, or else ``"mean"``.
+        chunk_size (int, optional): the number of environment steps from a state to the next, where
+            the input does not say it as ``"steps_to_next_obs"``. Defaults to 1.
+        reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; critics are
+            averaged first. Defaults to ``"mean"``.
+
+    Raises:
+        ValueError: if a number or a name is out of range, or the ensemble aggregates otherwise.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can change.
+
+        Attributes:
+            action (NestedKey): the action taken. Defaults to ``"action"``.
+            goal (NestedKey): the goal's entry for the networks, if they read one. Defaults to
+                ``"goal"``.
+            value_goal (NestedKey): the entry of the input that it is. Defaults to
+                ``"value_goal"``.
+            state_action_value (NestedKey): the output of a critic. Defaults to
+                ``"state_action_value"``.
+            reward (NestedKey): the reward until the next state, under ``"next"``, discounted within
+                the chunk. Defaults to ``"reward"``.
+            done (NestedKey): under ``"next"``. Defaults to ``"done"``.
+            terminated (NestedKey): whether the task ends on the way, under ``"next"``. Defaults to
+                ``"terminated"``.
+            steps_to_next_obs (NestedKey): optionally, the number of steps on the way, by which the
+                target is discounted. Defaults to ``"steps_to_next_obs"``.
+            whole (NestedKey): optionally, whether the way stays within an episode, under
+                ``"next"``: samples where it does not count with an error of 0. Defaults to
+                ``"whole"``.
+            next_noise (NestedKey): optional noise of the next action.
+            priority (NestedKey): where the largest squared error of a critic is written, ``[*]``.
+                Defaults to ``"td_error"``.
+            priority_weight (NestedKey): optional weight of each sample.
+        """
+
+        action: NestedKey = "action"
+        goal: NestedKey = "goal"
+        value_goal: NestedKey = "value_goal"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        steps_to_next_obs: NestedKey = "steps_to_next_obs"
+        whole: NestedKey = "whole"
+        next_noise: NestedKey = "next_noise"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: Any
+    default_keys: Any = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+
+    actor_network: Any
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModuleBase
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        qvalue_network: TensorDictModule | list[TensorDictModule],
+        *,
+        num_qvalue_nets: int = 2,
+        q_aggregation: QAggregation | None = None,
+        chunk_size: int = 1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        ensemble = qvalue_network if isinstance(qvalue_network, QValueEnsemble) else None
+        own = None if ensemble is None else ensemble.q_aggregation
+        q_aggregation = q_aggregation or own or "mean"
+        if q_aggregation not in get_args(QAggregation):
+            raise ValueError(
+                f"q_aggregation must be one of {get_args(QAggregation)}, got {q_aggregation!r}."
+            )
+        if own not in (None, q_aggregation):
+            raise ValueError(
+                f"q_aggregation={q_aggregation!r} is not that of qvalue_network, {own!r}."
+            )
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        self.q_aggregation: QAggregation = q_aggregation
+        self.chunk_size = chunk_size
+        self.reduction = reduction
+        self._is_ensemble = ensemble is not None
+        self.convert_to_functional(
+            qvalue_network,
+            "qvalue_network",
+            expand_dim=None if self._is_ensemble else num_qvalue_nets,
+            create_target_params=True,
+        )
+        if ensemble is not None:
+            self.set_keys(state_action_value=ensemble.out_keys[0])
+        else:
+            self._vmap_qvalue = _vmap_func(self.qvalue_network, in_dims=(None, 0))
+
+    @property
+    def _conditions(self) -> GoalKeys:
+        return GoalKeys(self.tensor_keys.goal, self.tensor_keys.value_goal)
+
+    @property
+    def _critic_keys(self) -> list[NestedKey]:
+        """What the critics read beside the action."""
+        action = unravel_key(self.tensor_keys.action)
+        return [key for key in self.qvalue_network.in_keys if key != action]
+
+    def _transition_keys(self, next_keys: list[NestedKey]) -> list[NestedKey]:
+        """What the critics' term reads, with ``next_keys`` of the next state."""
+        keys = self.tensor_keys
+        read = [*self._critic_keys, *next_keys]
+        following = [key for key in read if key != keys.goal]
+        following += [keys.reward, keys.done, keys.terminated]
+        return list(
+            dict.fromkeys(
+                [
+                    *self._conditions.sources(self._critic_keys),
+                    keys.action,
+                    *(unravel_key(("next", key)) for key in following),
+                ]
+            )
+        )
+
+    def members(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
+        """The values ``[E, *]`` of what critics with these parameters read."""
+        if self._is_ensemble:
+            with params.to_module(self.qvalue_network):
+                values = self.qvalue_network(tensordict).get(self.qvalue_network.out_keys[1])
+            return values.movedim(-1, 0)
+        values = self._vmap_qvalue(tensordict, params)
+        return values.get(self.tensor_keys.state_action_value).squeeze(-1)
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """The regression of all critics on one target, and what it was computed from."""
+        keys = self.tensor_keys
+        target = self.target(tensordict)
+        inputs = self._conditions.read(tensordict, self._critic_keys)
+        size = tensordict.get(("next", keys.reward)).shape[:-1]
+        inputs[keys.action] = required(tensordict, keys.action)
+        members = self.members(TensorDict(inputs, batch_size=size), self.qvalue_network_params)
+        same_shape("the critics' values", members, (members.shape[0], *target.shape))
+        errors = (members - target).square()
+        whole = tensordict.get(("next", keys.whole), None)
+        if whole is not None:
+            errors = errors * same_shape(("next", keys.whole), whole, (*size, 1)).squeeze(-1)
+        if not torch.compiler.is_compiling():
+            tensordict.set(keys.priority, errors.detach().max(0).values)
+        loss = self._reduced(errors.mean(0), tensordict)
+        value = aggregate(members, self.q_aggregation).detach()
+        return loss, {"pred_value": value, "target_value": target}
+
+    @torch.no_grad()
+    def target(self, tensordict: TensorDictBase) -> Tensor:
+        """The targets ``[*]`` of all critics."""
+        keys = self.tensor_keys
+        reward = required(tensordict, ("next", keys.reward))
+        following = self._conditions.read(tensordict, self._critic_keys, following=True)
+        action = self._next_action(tensordict)
+        taken = required(tensordict, keys.action)
+        following[keys.action] = action.flatten(reward.ndim - 1).reshape(taken.shape)
+        inputs = TensorDict(following, batch_size=reward.shape[:-1])
+        members = self.members(inputs, self.target_qvalue_network_params)
+        next_value = aggregate(members, self.q_aggregation).unsqueeze(-1)
+        same_shape("the next state's value", next_value, reward.shape)
+        outcome = TensorDict(batch_size=reward.shape[:-1])
+        for key in (keys.reward, keys.done, keys.terminated):
+            outcome.set(unravel_key(("next", key)), required(tensordict, ("next", key)))
+        steps = tensordict.get(keys.steps_to_next_obs, None)
+        if steps is None:
+            steps = torch.full_like(reward, self.chunk_size)
+        outcome.set(keys.steps_to_next_obs, steps)
+        return self.value_estimator.value_estimate(outcome, next_value=next_value).squeeze(-1)
+
+    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
+        read = self.actor_network.in_keys[:-1]
+        values = self._conditions.read(tensordict, read, following=True).values()
+        noise = tensordict.get(self.tensor_keys.next_noise, None)
+        with self.actor_network_params.to_module(self.actor_network):
+            return self.actor_network(torch.cat([*values], -1), noise)
+
+    def _reduced(self, error: Tensor, tensordict: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(tensordict)
+        return self._reduce_loss(error, tensordict, weights=weights)
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        if self._value_estimator is not None:
+            names = ("reward", "done", "terminated", "steps_to_next_obs")
+            keys = {name: getattr(self.tensor_keys, name) for name in names}
+            self._value_estimator.set_keys(value=self.tensor_keys.state_action_value, **keys)
+
+    def make_value_estimator(
+        self,
+        value_type: ValueEstimators | type[ValueEstimatorBase] | ValueEstimatorBase | None = None,
+        **hyperparams: Any,
+    ) -> None:
+        """Sets the discount.
+
+        Args:
+            value_type (ValueEstimators, class or instance, optional): ``TD0`` (default), or an
+                estimator of one's own.
+            **hyperparams: ``gamma``, per environment step, defaults to 0.99.
+
+        Raises:
+            ValueError: if ``gamma`` is out of range.
+        """
+        if not 0 < hyperparams.get("gamma", 0.99) <= 1:
+            raise ValueError(f"gamma must be above 0 and at most 1, got {hyperparams['gamma']}.")
+        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
+        if value_type is not None:
+            dispatch_value_estimator(
+                self,
+                value_type,
+                supported=(ValueEstimators.TD0,),
+                value_network=None,
+                **hyperparams,
+            )
+        self._forward_value_estimator_keys()
+
+
+class ChunkedQValueLoss(QValueLossBase):
+    r"""Trains critics of chunks, where any actor says what is done next.
+
+    For a window of k environment steps with the discounted sum of rewards R, and :math:`m = 0` if
+    the task ends on the way,
+
+    .. math::
+
+        \mathcal L_{qvalue} = \frac1E \sum_e \Bigl( Q_e(s, A) -
+        \bigl[ R + \gamma^k m \, \mathrm{agg}_e \bar Q_e(s', A') \bigr] \Bigr)^2,
+        \qquad A' \sim \mathrm{actor}(s')
+
+    With a :class:`~torchrl_mac.modules.FlowRejectionActor` this is Q-chunking
+    (https://arxiv.org/abs/2507.07969): the best of N chunks of the behaviour is chosen by the
+    critics as they are, and judged by their target networks :math:`\bar Q_e`.
+
+    Args:
+        actor_network (TensorDictModule): writes the next action; a
+            :class:`~torchrl_mac.modules.ChunkActor`, or any policy. Not trained here. If it ranks
+            candidates, then with ``qvalue_network``.
+        qvalue_network (QValueEnsemble, TensorDictModule or list of them): the critics, see
+            :class:`QValueLossBase`.
+
+    Keyword Args:
+        chunk_size (int, optional): see there. Defaults to the actor's.
+        **kwargs: the others of :class:`QValueLossBase`.
+
+    The input holds what the critics read, ``"observation"`` ``[*, O]`` and ``"action"``
+    (``[*, h, A]`` or flat), and under ``"next"`` what they and the actor read, with the
+    ``"reward"``, ``"done"`` and ``"terminated"`` of the way there, ``[*, 1]``, as
+    :class:`~torchrl_mac.data.ActionChunkStorage` makes them. Noise for the actor
+    (``"next_noise"``, ``[*, N, D]`` for N candidates of D numbers) is drawn unless the input has
+    it.
+
+    Raises:
+        ValueError: if the actor ranks candidates with another Q.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_mac.modules import (
+        ...     FlowMatchingPolicy, FlowRejectionActor, NormedMLP, QValueEnsemble, StackedMLP
+        ... )
+        >>> from torchrl_mac.objectives import ChunkedQValueLoss
+        >>> cells = {"num_cells": (32,)}
+        >>> qvalue = QValueEnsemble(StackedMLP(2, 4 + 20, 1, broadcast=True, **cells))
+        >>> flow = FlowMatchingPolicy(NormedMLP(4 + 20 + 1, 20, **cells), action_dim=20)
+        >>> actor = FlowRejectionActor(flow, qvalue, num_candidates=8, chunk_size=10)
+        >>> loss = ChunkedQValueLoss(actor, qvalue)
+        >>> loss.make_value_estimator(gamma=0.99)
+        >>> loss_qvalue, *_ = loss(
+        ...     observation=torch.randn(8, 4),
+        ...     action=torch.rand(8, 10, 2),
+        ...     next_observation=torch.randn(8, 4),
+        ...     next_reward=torch.randn(8, 1),
+        ...     next_done=torch.zeros(8, 1, dtype=torch.bool),
+        ...     next_terminated=torch.zeros(8, 1, dtype=torch.bool),
+        ... )
+        >>> loss_qvalue.backward()
+    """
+
+    out_keys = ["loss_qvalue", "pred_value", "target_value"]  # noqa: RUF012 - TorchRL's convention
+
+    def __init__(
+        self,
+        actor_network: TensorDictModuleBase,
+        qvalue_network: TensorDictModule | list[TensorDictModule],
+        *,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(actor_network, "qvalue_network", qvalue_network) is not qvalue_network:
+            raise ValueError(
+                "actor_network ranks candidates with another network than qvalue_network; give "
+                "both the same, so that chunks are chosen by the Q that is trained."
+            )
+        if chunk_size is None:
+            chunk_size = getattr(actor_network, "chunk_size", None) or 1
+        super().__init__(qvalue_network, chunk_size=chunk_size, **kwargs)
+        self.__dict__["actor_network"] = actor_network  # read, not trained
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the critics and, in the next state, the actor read."""
+        return self._transition_keys(list(self.actor_network.in_keys))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """The critics' term, and the values that it compares."""
+        loss, values = self.qvalue_loss(tensordict)
+        out = TensorDict({"loss_qvalue": loss, **values})
+        self._clear_weakrefs(
+            tensordict, out, "qvalue_network_params", "target_qvalue_network_params"
+        )
+        return out
+
+    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
+        actor = self.actor_network
+        reward = tensordict.get(("next", self.tensor_keys.reward))
+        noise_key = unravel_key(getattr(actor, "noise_key", "noise"))
+        read = [key for key in actor.in_keys if key != noise_key]
+        inputs = self._conditions.read(tensordict, read, following=True)
+        if (noise := tensordict.get(self.tensor_keys.next_noise, None)) is not None:
+            inputs[noise_key] = noise
+        with ranking_with(actor, self.qvalue_network_params):
+            chosen = actor(TensorDict(inputs, batch_size=reward.shape[:-1]))
+        return chosen.get(getattr(actor, "action_key", actor.out_keys[0]))
