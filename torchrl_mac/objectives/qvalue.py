@@ -164,7 +164,7 @@ class QValueLossBase(LossModule):
     def members(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The values ``[E, *]`` of what critics with these parameters read."""
         if self._is_ensemble:
-            with params.to_module(self.qvalue_network):
+            with params.to_module(self.qvalue_network, preserve_module_state=False):
                 values = self.qvalue_network(tensordict).get(self.qvalue_network.out_keys[1])
             return values.movedim(-1, 0)
         values = self._vmap_qvalue(tensordict, params)

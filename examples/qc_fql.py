@@ -1,0 +1,94 @@
+"""QC-FQL (https://arxiv.org/abs/2507.07969) and FQL (https://arxiv.org/abs/2502.02538).
+
+    python examples/qc_fql.py                                 # QC-FQL, sizes of the paper
+    python examples/qc_fql.py preset=cpu task=cube-single     # small networks, for two CPU cores
+    python examples/qc_fql.py preset=cpu task=cube-single online.frames=20_000    # and then online
+    python examples/qc_fql.py chunk_size=1 alpha=300          # FQL: single actions
+    python examples/qc_fql.py chunk_size=1 n_steps=5          # FQL-n: with returns of five steps
+
+A flow clones the dataset's chunks; a one-step policy stays close to it and maximises the critics.
+Every setting is in configs/qc_fql/. The dataset must be in `data_dir`:
+`torchrl-mac-data generate cube-double-play-v0 --out data`.
+
+The paper's settings of each environment, in configs/qc_fql/task/:
+
+    environment        rewards   dataset     alpha    of FQL   of FQL-n   episode's limit
+    scene              sparse    1M play     300      300      100        750
+    puzzle-3x3         sparse    1M play     300      100      100        500
+    cube-double        dense     1M play     300      300      100        500
+    cube-triple        dense     1M play     100      300      100        1000
+    cube-quadruple     dense     100M play   100      300      100        1000
+    robomimic          -1 and 0  MH          10000    10000    unknown    300 to 400
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+from torchrl.objectives import LossModule, SoftUpdate
+
+from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.modules import (
+    FlowMatchingPolicy,
+    NormedMLP,
+    OneStepPolicy,
+    PolicyActor,
+    QValueEnsemble,
+    StackedMLP,
+)
+from torchrl_mac.objectives import FQLLoss
+from torchrl_mac.trainers.experiment import Experiment
+
+
+def make_buffer(cfg: DictConfig, run: Experiment, split: str) -> OGBenchExperienceReplay:
+    """The dataset as (s_t, a_t ... a_{t+h-1}, R, s_{t+k}), cut where an episode ends."""
+    return run.dataset(
+        split,
+        chunk_size=cfg.chunk_size,
+        n_steps=cfg.n_steps,
+        gamma=cfg.gamma,
+    )
+
+
+def make_losses(
+    cfg: DictConfig, run: Experiment, buffer: OGBenchExperienceReplay
+) -> tuple[dict[str, LossModule], PolicyActor]:
+    """The networks and what trains them; also the actor for the simulator's raw observations."""
+    sizes = {"activation_class": cfg.activation, "device": run.device}
+    O = buffer.observation_spec["observation"].shape[-1]  # noqa: E741
+    D = cfg.chunk_size * buffer.action_spec.shape[-1]  # the numbers of a chunk
+
+    # Behaviour: a flow over chunks; and the one-step policy that is improved
+    velocity = NormedMLP(O + D + 1, D, cfg.policy_cells, layer_norm=False, **sizes)
+    flow = FlowMatchingPolicy(velocity, D, cfg.flow_steps).to(run.device)
+    onestep = NormedMLP(O + D, D, cfg.policy_cells, layer_norm=False, **sizes)
+    policy = OneStepPolicy(onestep, D).to(run.device)
+
+    # Critics of state and chunk
+    critics = StackedMLP(cfg.num_qvalue_nets, O + D, 1, cfg.value_cells, broadcast=True, **sizes)
+    qvalue = QValueEnsemble(critics, q_aggregation=cfg.q_aggregation)
+
+    acting = PolicyActor(policy, transform=run.normalisation(buffer), chunk_size=cfg.chunk_size)
+
+    loss = FQLLoss(flow, policy, qvalue, alpha=cfg.alpha, normalize_q_loss=cfg.normalize_q_loss)
+    loss.make_value_estimator(gamma=cfg.gamma)
+    return {"fql": loss}, acting
+
+
+@hydra.main(config_path="../configs/qc_fql", config_name="qc_fql", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates and reports; the same command goes on where it was interrupted."""
+    with Experiment(cfg, fixed=["n_steps"]) as run:
+        train, validation = (make_buffer(cfg, run, split) for split in ("train", "val"))
+        losses, actor = make_losses(cfg, run, train)
+        run.train(
+            losses,
+            train,
+            actor,
+            validation_buffer=validation,
+            target_updaters=SoftUpdate(losses["fql"], tau=cfg.tau),
+        )
+
+
+if __name__ == "__main__":
+    main()
