@@ -20,7 +20,9 @@ from torchrl_mac.modules import (
     NormedMLP,
     OneStepPolicy,
     PolicyActor,
+    QValueEnsemble,
     StackedMLP,
+    TanhGaussianPolicy,
     build,
     describe,
     register_config,
@@ -82,6 +84,13 @@ def all_modules():
     return [
         NormedMLP(5, 2, [7, 6], activation_class="relu", layer_norm=False),
         StackedMLP(3, 5, 2, [7], broadcast=True, layer_norm=False),
+        QValueEnsemble(
+            StackedMLP(3, OBS + D, 1, [7], broadcast=True, norm_first=True),
+            q_aggregation="min",
+            in_keys=["observation", ("a", "chunk")],
+            out_keys=["q", ("q", "s")],
+        ),
+        TanhGaussianPolicy(NormedMLP(OBS, 2 * D, [7]), D, log_std_bounds=(-5, 2)),
         GaussianEnsemble(StackedMLP(4, 5, 6, [7], broadcast=True), num_elites=2),
         policy(FlowMatchingPolicy, num_steps=3, low=-2.0, high=torch.full((D,), 3.0)),
         policy(in_keys=[("o", "x"), "noise"]),

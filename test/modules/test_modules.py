@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import ObservationNorm
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ValueOperator
+from torchrl.modules import MLP, ValueOperator
 
 from torchrl_mac.modules import (
     ChunkedWorldModel,
@@ -64,11 +64,29 @@ class TestNormedMLP:
         network = NormedMLP(5, 2, [7], layer_norm=False)
         assert not any(isinstance(layer, nn.LayerNorm) for layer in network.layers)
 
+    def test_normalised_first_it_is_the_mlp_of_torchrl(self):
+        network = NormedMLP(5, 2, [7, 6], norm_first=True, activation_class="relu")
+        theirs = MLP(
+            in_features=5,
+            out_features=2,
+            num_cells=[7, 6],
+            activation_class=nn.ReLU,
+            norm_class=nn.LayerNorm,
+            norm_kwargs=[{"normalized_shape": n, "eps": 1e-6} for n in (7, 6)],
+        )
+        for parameter in network.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        for ours, other in zip(network.parameters(), theirs.parameters(), strict=True):
+            other.data.copy_(ours)
+        x = torch.randn(4, 5)
+        torch.testing.assert_close(network(x), theirs(x))
+
 
 class TestStackedMLP:
+    @pytest.mark.parametrize("norm_first", [False, True])
     @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
-    def test_each_network_is_a_plain_one(self, shape):
-        stacked = StackedMLP(4, OBS + D, 2, [8, 6])
+    def test_each_network_is_a_plain_one(self, shape, norm_first):
+        stacked = StackedMLP(4, OBS + D, 2, [8, 6], norm_first=norm_first)
         for parameter in stacked.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
         observation, chunk = torch.randn(4, *shape, OBS), torch.randn(4, *shape, H, A)
