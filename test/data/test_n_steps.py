@@ -49,12 +49,12 @@ def last_row(rows, t):
 
 
 def slow_actions(rows, t, h, last, stop):
-    """The chunk, step by step: no action from the last row, none once the task ended."""
+    """The chunk, step by step: no action from the last row, none is valid once the task ended."""
     actions, valid = torch.zeros(h, 2), torch.zeros(h, 1, dtype=torch.bool)
     for i in range(h):
-        if t + i >= last or t + i > stop:
+        if t + i >= last:
             break
-        actions[i], valid[i] = rows["action"][t + i], True
+        actions[i], valid[i] = rows["action"][t + i], t + i <= stop
     return (actions, valid) if h > 1 else (actions[0], valid[0])
 
 

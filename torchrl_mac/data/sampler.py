@@ -214,7 +214,7 @@ class ActionChunkSampler(Sampler):
     def _starts(
         self, storage: ActionChunkStorage, chunk_size: int
     ) -> tuple[int, Segments, Tensor, Tensor]:
-        """The number of starts, their episodes and, per episode, start row minus rank, last row."""
+        """How many starts; their episodes; per episode, start row minus rank, and last state."""
         if chunk_size in self._cache:
             cached_storage, version, starts = self._cache[chunk_size]
             if cached_storage() is storage and version == storage.version:
@@ -225,9 +225,10 @@ class ActionChunkSampler(Sampler):
             )
         ends = storage.episode_ends
         first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])[: len(ends)]
-        count = (ends + 1 - first - chunk_size).clamp_min(0)
+        last = ends + storage.holds_next
+        count = (last + 1 - first - chunk_size).clamp_min(0)
         cumulative = count.cumsum(0)
-        starts = int(count.sum()), Segments(cumulative), first - (cumulative - count), ends
+        starts = int(count.sum()), Segments(cumulative), first - (cumulative - count), last
         self._cache[chunk_size] = weakref.ref(storage), storage.version, starts
         return starts
 

@@ -29,8 +29,10 @@ class ActionChunkStorage(LazyTensorStorage):
 
     Rows are in time order, the rows of an episode are contiguous, and the next state of a row
     is the row after it, so next observations are not stored: an episode of T steps has T + 1
-    rows, and the action, reward and ends of its last row mean nothing. Indexed with an integer, a
-    slice or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`, full from the start with
+    rows, and the action, reward and ends of its last row mean nothing. Rows that do have
+    ``("next", "observation")``, as collectors write them, are transitions: then an episode of T
+    steps has T rows, and the next state of a window is read from the last of them. Indexed with
+    an integer, a slice or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`, full from the start with
     ``rows`` or growing up to ``max_size``, then a ring, as a replay buffer writes it. Indexed with
     ``[B, h + 1]`` row numbers, each line a window :math:`t, t + 1, \dots, t + h` inside an
     episode, as :class:`~torchrl_mac.data.ActionChunkSampler` draws them, it returns a batch
@@ -67,8 +69,9 @@ class ActionChunkStorage(LazyTensorStorage):
                                                discount: give them the gamma of one step.
                                                IQLLoss and REDQLoss do not pass it on to them
     ``"valid"``                  ``[B, h, 1]`` whether the actions have a successor in their
-                                               episode and come before its termination; those
-                                               that are not are 0. ``[B, 1]`` if h=1
+                                               episode and come before its termination. Those
+                                               after the episode are 0, those after the
+                                               termination what was done. ``[B, 1]`` if h=1
     ===========================  ============  ===============================================
 
     With a goal under ``reward_goal`` such a window ends with the last row but one of the episode,
@@ -265,10 +268,20 @@ class ActionChunkStorage(LazyTensorStorage):
         self._episodes = self.version, ends, Segments(ends + 1)
 
     def _last(self, row: Tensor) -> Tensor:
-        """The last rows of the rows' episodes."""
+        """The last states of the rows' episodes."""
         ends = self.episode_ends
         episodes = cast("tuple[Any, Tensor, Segments]", self._episodes)[2]
-        return ends[episodes.find(row)]
+        return ends[episodes.find(row)] + self.holds_next
+
+    @property
+    def holds_next(self) -> bool:
+        """Whether rows are transitions: the last state of an episode is then no row.
+
+        It counts as the row after its last one, of which only ``("next", "observation")`` is read.
+        """
+        if not self.initialized:
+            return False
+        return self._has(unravel_key(("next", self.observation_keys[0])))
 
     def _lines(self, start: Tensor) -> Tensor:
         """The lines of an index that has the starts alone."""
@@ -295,6 +308,8 @@ class ActionChunkStorage(LazyTensorStorage):
                 "A window of one row holds no action: index [B, h + 1] with h >= 1, and one column "
                 f"for each of the goals {self.goal_keys}."
             )
+        if self.goal_keys and self.holds_next:
+            raise ValueError("Goals are states: they need rows without a next observation.")
         start, end = index[:, 0].contiguous(), index[:, chunk_size].contiguous()
         goals = dict(zip(self.goal_keys, index[:, chunk_size + 1 :].unbind(1), strict=True))
         goal = goals.get(self.reward_goal)
@@ -304,7 +319,7 @@ class ActionChunkStorage(LazyTensorStorage):
         following = TensorDict(batch_size=start.shape, device=device)
         if self.n_steps is None:
             action = _windows(self._column(self.action_key), start, chunk_size)
-            last = self._last(end)
+            last = self._last(start)
             if goal is None:
                 reward, terminated = self._labels(start, chunk_size)
             else:
@@ -319,14 +334,15 @@ class ActionChunkStorage(LazyTensorStorage):
             row = window_rows(start, last, chunk_size)
             action = self._column(self.action_key).index_select(0, row.flatten())
             action = action.unflatten(0, row.shape)
-            action.masked_fill_(~expand_as_rows(window.valid, action), 0)
+            inside = start.unsqueeze(-1) + torch.arange(chunk_size, device=start.device)
+            inside = inside < last.unsqueeze(-1)
+            action.masked_fill_(~expand_as_rows(inside, action), 0)
             valid = window.valid.unsqueeze(-1)
             chunks.set("valid", valid.squeeze(1) if chunk_size == 1 else valid)
         chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
         for key in self.observation_keys:
-            column = self._column(key)
-            chunks.set(key, column.index_select(0, start))
-            following.set(key, column.index_select(0, end))
+            chunks.set(key, self._column(key).index_select(0, start))
+            following.set(key, self._next_observation(key, end))
         for key, row in goals.items():
             chunks.set(key, self._column(self.goal_source).index_select(0, row))
         if reward is not None:
@@ -338,6 +354,12 @@ class ActionChunkStorage(LazyTensorStorage):
         following.set("truncated", is_last & ~terminated)
         following.set("done", is_last | terminated)
         return chunks.set("next", following)
+
+    def _next_observation(self, key: NestedKey, row: Tensor) -> Tensor:
+        """What is observed in the state at a row that is not the first of its episode."""
+        if self.holds_next:
+            return self._column(unravel_key(("next", key))).index_select(0, row - 1)
+        return self._column(key).index_select(0, row)
 
     def _window(
         self,
