@@ -32,11 +32,11 @@ class ActionChunkStorage(LazyTensorStorage):
     rows, and the action, reward and ends of its last row mean nothing. Rows that do have
     ``("next", "observation")``, as collectors write them, are transitions: then an episode of T
     steps has T rows, and the next state of a window is read from the last of them. Indexed with
-    an integer, a slice or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`, full from the start with
-    ``rows`` or growing up to ``max_size``, then a ring, as a replay buffer writes it. Indexed with
-    ``[B, h + 1]`` row numbers, each line a window :math:`t, t + 1, \dots, t + h` inside an
-    episode, as :class:`~torchrl_mac.data.ActionChunkSampler` draws them, it returns a batch
-    ``[B]`` of transitions that span ``h`` actions:
+    an integer, a slice or a 1-D tensor, this is a :class:`~torchrl.data.TensorStorage`, full from
+    the start with ``rows`` or growing up to ``max_size``, then a ring, as a replay buffer writes
+    it. Indexed with ``[B, h + 1]`` row numbers, each line a window :math:`t, t + 1, \dots, t + h`
+    inside an episode, as :class:`~torchrl_mac.data.ActionChunkSampler` draws them, it returns a
+    batch ``[B]`` of transitions that span ``h`` actions:
 
     ==========================  ============  ================================================
     key                         shape         value

@@ -2,6 +2,7 @@
 
 from torchrl_mac.envs.imagination import imagine
 from torchrl_mac.envs.ogbench import OGBenchEnv
+from torchrl_mac.envs.resumable import ResumableEpisodes
 from torchrl_mac.envs.world_model_env import ChunkedWorldModelEnv
 from torchrl_mac.envs.world_model_transform import ChunkedWorldModelTransform
 
@@ -9,5 +10,6 @@ __all__ = [
     "ChunkedWorldModelEnv",
     "ChunkedWorldModelTransform",
     "OGBenchEnv",
+    "ResumableEpisodes",
     "imagine",
 ]

@@ -50,6 +50,10 @@ class TrainerHook:
     def end_phase(self, progress: Progress) -> None:
         """Called after the last update of a phase."""
 
+    def metrics(self) -> dict[str, float]:
+        """What is logged with the losses, and shown by the progress bar."""
+        return {}
+
     def buffers(self) -> dict[str, ReplayBuffer]:
         """The replay buffers that the hook draws from or writes to; saved with the trainer's."""
         return {}
