@@ -2,7 +2,7 @@
 
     python examples/rlpd.py                                 # RLPD, the paper's sizes, cube-double
     python examples/rlpd.py chunk_size=5                    # RLPD-AC: chunks of five actions
-    python examples/rlpd.py chunk_size=5 bc_alpha=0.01      # QC-RLPD: which also clones the data
+    python examples/rlpd.py chunk_size=5 bc_alpha=0.01      # QC-RLPD: and clones (terms: loss_bc)
     python examples/rlpd.py preset=cpu task=cube-single     # small networks, for two CPU cores
 
 There is no offline training: half of each batch is the dataset's, half was collected. As the

@@ -67,6 +67,47 @@ def test_shares_are_exact(weights, size):
     assert sizes == expected and sum(sizes) == size
 
 
+def test_in_proportion_every_row_counts_the_same():
+    mixed = MixedReplayBuffer([make_buffer(1, 40), make_buffer(2, 10)], "proportional")
+    torch.manual_seed(0)
+    counts = torch.tensor([list(mixed.sizes(64).values()) for _ in range(2000)]).double()
+    assert (counts.sum(1) == 64).all()
+    share = counts[:, 1] / 64
+    assert abs(share.mean() - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 64 / 2000)
+    assert share.std() == pytest.approx(math.sqrt(0.2 * 0.8 / 64), rel=0.1)  # drawn, not rounded
+    small = MixedReplayBuffer([make_buffer(1, 50), make_buffer(2, 1)], "proportional")
+    assert sum(small.sizes(8)["1"] for _ in range(2000)) > 0
+    batch = mixed.sample(200)["observation"][:, 0]
+    assert set(batch.tolist()) == {1.0, 2.0}
+
+
+def test_in_proportion_to_the_windows_there_are():
+    chunks, empty = make_chunks(10 - 1), make_buffer(1, 0)
+    assert chunks.sampler.num_starts(chunks.storage) == 2  # of 20 rows
+    mixed = MixedReplayBuffer({"chunks": chunks, "rows": make_buffer(1, 2)}, "proportional")
+    torch.manual_seed(0)
+    drawn = sum(mixed.sizes(100)["chunks"] for _ in range(100))
+    assert abs(drawn - 5000) < 5 * 50
+    assert MixedReplayBuffer([chunks, empty], "proportional").sizes(7) == {"0": 7, "1": 0}
+    with pytest.raises(ValueError, match="are empty"):
+        MixedReplayBuffer([empty], "proportional").sample(3)
+    with pytest.raises(ValueError, match="not 'equal'"):
+        MixedReplayBuffer([empty], "equal")
+
+
+def test_drawn_shares_go_on_from_a_checkpoint():
+    def make():
+        return MixedReplayBuffer([make_buffer(1, 40), make_buffer(2, 10)], "proportional")
+
+    one = make()
+    state, rng = one.state_dict(), torch.get_rng_state()
+    expected = [one.sizes(64) for _ in range(5)]
+    other = MixedReplayBuffer([make_buffer(1, 40), make_buffer(2, 10)], [0.5, 0.5])
+    other.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert [other.sizes(64) for _ in range(5)] == expected
+
+
 def test_parts_follow_each_other():
     buffers = {"real": make_buffer(1), "model": make_buffer(2), "none": make_buffer(3)}
     mixed = MixedReplayBuffer(buffers, {"model": 0.7, "real": 0.3, "none": 0.0}, batch_size=10)

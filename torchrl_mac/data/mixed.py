@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from torchrl_mac.data.sampler import ActionChunkSampler
 from torchrl_mac.data.states import buffer_state, load_buffer_state
 
 __all__ = ["MixedReplayBuffer", "StackedReplayBuffer"]
@@ -73,14 +74,16 @@ class MixedReplayBuffer(_BufferGroup):
     The parts follow each other in the order of the buffers, with the entries that all of them
     have, on the device of the first. The sizes of the parts are the shares of the batch size,
     rounded down, and one more for those that lost the most by it, so that they sum up to the
-    batch size: shares are met in each batch and not only on average. ``"index"`` is left out:
-    rows of different buffers have the same ones, so priorities cannot be updated here.
+    batch size: shares are met in each batch and not only on average. With ``"proportional"`` shares
+    each row is of a buffer with a probability proportional to the number of samples it has to
+    choose from, as if all were one buffer. ``"index"`` is left out: rows of different buffers have
+    the same ones, so priorities cannot be updated here.
 
     Args:
         buffers (sequence of ReplayBuffer or mapping of str to ReplayBuffer): the buffers, made
             without a ``batch_size`` of their own. Names are used in messages and in the state.
-        shares (sequence of float or mapping of str to float): the part of a batch for each
-            buffer; they sum up to 1. The attribute can be changed between samples.
+        shares (sequence of float, mapping of str to float or "proportional"): the part of a batch
+            for each buffer; they sum up to 1. The attribute can be changed between samples.
 
     Keyword Args:
         batch_size (int, optional): the default of :meth:`sample`.
@@ -105,25 +108,35 @@ class MixedReplayBuffer(_BufferGroup):
         >>> buffer.shares = {"real": 1.0, "model": 0.0}
         >>> buffer.sample(64)["observation"].sum()
         tensor(0.)
+        >>> buffer.shares = "proportional"
+        >>> buffer.sample(64).shape
+        torch.Size([64])
     """
 
     def __init__(
         self,
         buffers: Sequence[Any] | Mapping[str, Any],
-        shares: Sequence[float] | Mapping[str, float],
+        shares: Sequence[float] | Mapping[str, float] | Literal["proportional"],
         *,
         batch_size: int | None = None,
     ) -> None:
         super().__init__(buffers, batch_size)
-        self.shares = shares
+        self.shares: Any = shares
 
     @property
-    def shares(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float] | Literal["proportional"]:
         """The part of a batch for each buffer."""
-        return dict(self._shares)
+        return "proportional" if self._shares is None else dict(self._shares)
 
     @shares.setter
-    def shares(self, shares: Sequence[float] | Mapping[str, float]) -> None:
+    def shares(
+        self, shares: Sequence[float] | Mapping[str, float] | Literal["proportional"]
+    ) -> None:
+        self._shares: dict[str, float] | None = None
+        if isinstance(shares, str):
+            if shares != "proportional":
+                raise ValueError(f"Shares are numbers, or 'proportional', not {shares!r}.")
+            return
         names = list(self.buffers)
         if not isinstance(shares, Mapping):
             shares = dict(zip(names, shares)) if len(shares) == len(names) else {}
@@ -135,8 +148,10 @@ class MixedReplayBuffer(_BufferGroup):
         self._shares = shares
 
     def sizes(self, batch_size: int | None = None) -> dict[str, int]:
-        """How many rows of a batch are of which buffer."""
+        """How many rows of a batch are of which buffer; if proportional, drawn anew."""
         size = self._size(batch_size)
+        if self._shares is None:
+            return self._drawn_sizes(size)
         exact = {name: share * size for name, share in self._shares.items()}
         sizes = {name: math.floor(part) for name, part in exact.items()}
         # rounded: among equals the first one comes first, whatever the last digits of floats
@@ -144,6 +159,13 @@ class MixedReplayBuffer(_BufferGroup):
         for name in by_loss[: size - sum(sizes.values())]:
             sizes[name] += 1
         return sizes
+
+    def _drawn_sizes(self, size: int) -> dict[str, int]:
+        choices = torch.tensor([_num_choices(buffer) for buffer in self.buffers.values()])
+        if not choices.any():
+            raise ValueError(f"All of the buffers {list(self.buffers)} are empty; write to one.")
+        drawn = torch.multinomial(choices.double(), size, replacement=True)
+        return dict(zip(self.buffers, drawn.bincount(minlength=len(choices)).tolist()))
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """Draws a batch.
@@ -155,7 +177,7 @@ class MixedReplayBuffer(_BufferGroup):
             the parts after each other, ``[B]``.
         """
         sizes = self.sizes(batch_size)
-        for name, share in self._shares.items():
+        for name, share in (self._shares or {}).items():
             if share and not len(self.buffers[name]):
                 raise ValueError(
                     f"The buffer {name!r} is empty but has a share of {share}; write to it, or "
@@ -225,6 +247,14 @@ class StackedReplayBuffer(_BufferGroup):
         """
         size = self._size(batch_size)
         return torch.stack([buffer.sample(size) for buffer in self.buffers.values()])
+
+
+def _num_choices(buffer: Any) -> int:
+    """How many samples a buffer can give: its rows, or the windows of rows that there are."""
+    sampler = getattr(buffer, "sampler", None)
+    if len(buffer) and isinstance(sampler, ActionChunkSampler):
+        return sampler.num_starts(buffer.storage)
+    return len(buffer)
 
 
 def _concatenated(parts: dict[str, TensorDictBase]) -> TensorDict:

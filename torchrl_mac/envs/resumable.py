@@ -109,9 +109,7 @@ class ResumableEpisodes(Transform):
                     td.set(unravel_key(tuple(key.split("/"))), value)
         return tensordict_reset
 
-    def _step(
-        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self._actions.append(tensordict.get(self._base.action_key).clone())
         self._input = tensordict.copy()
         return next_tensordict

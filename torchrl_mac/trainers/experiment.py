@@ -28,6 +28,7 @@ from torchrl_mac.modules import ChunkActor, save_policy
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.evaluation import EpisodeEvaluator
 from torchrl_mac.trainers.logs import JSONLinesLogger
+from torchrl_mac.trainers.online import make_online_phase, online_phase
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, write_summary
 from torchrl_mac.trainers.run import RunFolder
@@ -65,8 +66,16 @@ class Experiment(contextlib.AbstractContextManager):
         check_settings({**self.settings, "resume": cfg.resume})
         _ = self.phases  # or an error
         self.task = resolve_task(cfg.dataset, cfg.task_id)
+        self.online = online_phase(self.settings)
+        if self.online is not None and self.is_goal_conditioned:
+            raise ValueError(
+                f"online.frames={cfg.online.frames} cannot be with {cfg.dataset}: only a single "
+                "task is learned online."
+            )
         self.fixed = [*_FIXED, *fixed, *(str(key) for key in cfg if str(key).endswith("_cells"))]
         self.rank, self.device = join_group(cfg.device)
+        if self.online is not None and torch.distributed.is_initialized():
+            raise ValueError("online.frames cannot be with torchrun: one process collects.")
         self.is_first = self.rank == 0  # of torchrun's processes, the one that evaluates and writes
         self.path = Path(HydraConfig.get().runtime.output_dir)
         self._stack = contextlib.ExitStack()
@@ -117,7 +126,7 @@ class Experiment(contextlib.AbstractContextManager):
         cfg = self.cfg
         buffer = OGBenchExperienceReplay(
             dataset or cfg.dataset,
-            self.phases[0].batch_size if cfg.prefetch else None,  # what is drawn ahead at first
+            self._first_batch_size if cfg.prefetch else None,  # what is drawn ahead at first
             root=cfg.root,
             source=cfg.data_dir,
             split=split,
@@ -132,6 +141,10 @@ class Experiment(contextlib.AbstractContextManager):
         for transform in (*transforms, DeviceCastTransform(self.device)):
             buffer.append_transform(transform)
         return buffer
+
+    @property
+    def _first_batch_size(self) -> int:
+        return [*self.phases, *filter(None, [self.online])][0].batch_size
 
     def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
         """What makes an actor of normalised observations, and goals, one of the simulator's."""
@@ -286,6 +299,11 @@ class Experiment(contextlib.AbstractContextManager):
         evaluations: dict[str, Any] = (
             {"evaluate": evaluator, "monitor": interim} if self.is_first else {}
         )
+        if self.online is not None:
+            make_env = partial(OGBenchEnv, self.cfg.dataset)
+            kwargs |= make_online_phase(
+                self.online, self.settings, data, actor, make_env, self.phases
+            )
         trainer = self.trainer(
             losses, buffer, digest=data.digest, actor=actor, **evaluations, **kwargs
         )
@@ -299,7 +317,10 @@ class Experiment(contextlib.AbstractContextManager):
             "task": self.cfg.dataset,
             "transitions": len(data),
         }
-        return self.report(summary, data.digest, {"policy": (actor, self.cfg.dataset)})
+        begin = None if self.online is None else trainer.progress.beginning(self.online.name)
+        borders = [] if not begin else [begin]
+        policies = {"policy": (actor, self.cfg.dataset)}
+        return self.report(summary, data.digest, policies, borders=borders)
 
     def _check_widths(self, data: OGBenchExperienceReplay) -> None:
         """Whether the simulator's observations and actions are as wide as the dataset's."""
@@ -319,6 +340,8 @@ class Experiment(contextlib.AbstractContextManager):
         summary: Mapping[str, Any],
         digest: str,
         actors: Mapping[str, tuple[ChunkActor, str]],
+        *,
+        borders: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Writes exported actors, ``summary.json``, ``curves.png`` and ``evaluation.mp4``.
 
@@ -326,6 +349,9 @@ class Experiment(contextlib.AbstractContextManager):
             summary (mapping): what was found.
             digest (str): that of the dataset.
             actors (mapping): the actors and their datasets, by the folder they are exported to.
+
+        Keyword Args:
+            borders (sequence of int, optional): see :func:`~torchrl_mac.trainers.plot_curves`.
         """
         cfg, path = self.cfg, self.folder.path
         for folder, (actor, dataset) in actors.items():
@@ -338,7 +364,7 @@ class Experiment(contextlib.AbstractContextManager):
             **{key: cfg[key] for key in of_run},
         }
         write_summary(path / "summary.json", whole)
-        plot_curves(path / "curves.png", self.loggers[0])
+        plot_curves(path / "curves.png", self.loggers[0], borders)
         if cfg.video_episodes:
             self._record(path / next(iter(actors)), path / "evaluation.mp4")
         torchrl_logger.info(

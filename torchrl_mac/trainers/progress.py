@@ -43,6 +43,11 @@ class Progress:
         return self.phases[max(0, len(self._past) - 1)]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a phase is, or was, the current one."""
+        return bool(self._past)
+
+    @property
     def phase_updates(self) -> int:
         """The number of updates that the current phase has made."""
         return self._past[-1]["updates"] if self._past else 0
@@ -66,6 +71,13 @@ class Progress:
     def done(self) -> int:
         """The number of updates of all phases so far."""
         return sum(past["updates"] for past in self._past)
+
+    def beginning(self, phase: str) -> int | None:
+        """The number of updates of all phases before the first of this name, if it has begun."""
+        names = [past["name"] for past in self._past]
+        if phase not in names:
+            return None
+        return sum(past["updates"] for past in self._past[: names.index(phase)])
 
     def remaining(self) -> Iterator[Phase]:
         """The phases that are not over, each as it becomes the current one."""

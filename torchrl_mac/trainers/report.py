@@ -46,13 +46,15 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     write_json(Path(path), {**summary, "versions": versions()})
 
 
-def plot_curves(path: str | Path, logger: CSVLogger) -> None:
+def plot_curves(path: str | Path, logger: CSVLogger, borders: Sequence[int] = ()) -> None:
     """Draws what ``logger`` has logged: evaluation metrics and losses over updates.
 
     Args:
         path (str or Path): the picture's file, such as ``curves.png``.
         logger (CSVLogger): its scalars are grouped by what stands before the first ``/``; a
             validation loss shares the axes of the training loss of the same name.
+        borders (sequence of int, optional): updates at which a line is drawn, such as where
+            training went online.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -74,6 +76,8 @@ def plot_curves(path: str | Path, logger: CSVLogger) -> None:
         for group, points in curves[metric].items():
             updates, values = zip(*points, strict=True)
             axis.plot(updates, values, label=group, marker="." if len(points) < 30 else None)
+        for border in borders:
+            axis.axvline(border, color="grey", linewidth=0.8, linestyle="--")
         axis.set_title(metric, fontsize=9)
         axis.set_xlabel("updates", fontsize=8)
         axis.tick_params(labelsize=7)

@@ -131,8 +131,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         rule = _cells if key.endswith("_cells") else _RULES.get(key)
         if rule is not None and (wanted := rule(value)):
             raise ValueError(f"{key}={value} cannot be: it must be {wanted}.")
-    if not settings.get("phases", True):
-        raise ValueError("phases=[] cannot be: name at least one phase to train.")
+    online = settings.get("online") or {}
+    if not settings.get("phases", True) and not online.get("frames"):
+        raise ValueError("phases=[] cannot be: name at least one phase to train, or online.frames.")
     if settings.get("replan_interval", 1) > settings.get("chunk_size", math.inf):
         raise ValueError(
             f"replan_interval={settings['replan_interval']} cannot be: a chunk has only "

@@ -53,6 +53,9 @@ class PhaseTrainer:
     Keyword Args:
         target_updaters (TargetNetUpdater or sequence of them, optional): each steps with every
             update that trains a term of the loss it belongs to.
+        phase_buffers (dict of ReplayBuffer, optional): what phases sample from, by their names, in
+            the place of ``buffer``. Before such a phase begins, there is an evaluation as after the
+            last update; its metrics are returned as ``"{metric}_before_{phase}"``.
         hooks (dict of TrainerHook, optional): what else happens, by name; called in this order.
         validation_buffer (ReplayBuffer, optional): a batch of it goes through the phase's losses,
             without an update, each time something is logged. ``early_stopping`` needs it.
@@ -116,6 +119,7 @@ class PhaseTrainer:
         phases: Sequence[Phase],
         *,
         target_updaters: TargetNetUpdater | Sequence[TargetNetUpdater] = (),
+        phase_buffers: Mapping[str, ReplayBuffer] | None = None,
         hooks: Mapping[str, TrainerHook] | None = None,
         validation_buffer: ReplayBuffer | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
@@ -130,6 +134,7 @@ class PhaseTrainer:
     ) -> None:
         self.losses = dict(losses)
         self.buffer = buffer
+        self.phase_buffers = dict(phase_buffers or {})
         self.progress = Progress(phases, first_update=first_update)
         self.target_updaters = listed(target_updaters)
         self.hooks = dict(hooks or {})
@@ -145,6 +150,7 @@ class PhaseTrainer:
         self._training: PhaseTraining | None = None
         self._restored: Mapping[str, Any] = {}  # what of a loaded state has yet to take effect
         self._evaluation_due = False
+        self._before: dict[str, dict[str, float]] = {}  # metrics, by the phase that came then
         for phase in self.progress.phases:
             check_phase(phase, self.losses)
             if phase.early_stopping is not None and validation_buffer is None:
@@ -208,6 +214,9 @@ class PhaseTrainer:
             "train_seconds": self.progress.train_seconds,
             **metrics,
         }
+        for name, before in self._before.items():
+            result |= {f"{key}_before_{name}": value for key, value in before.items()}
+        result |= self._metrics_of_hooks()
         if self.switches.get("compile") and compiled:  # a finished run compiles nothing
             result["compiled"] = all(compiled)
         return result
@@ -231,7 +240,7 @@ class PhaseTrainer:
         while not progress.phase_is_over:
             for hook in self.hooks.values():
                 hook.before_update(progress)
-            batch = self.buffer.sample(phase.batch_size)
+            batch = self._phase_buffer.sample(phase.batch_size)
             losses = training.step(batch)
             progress.advance()
             bar.update()
@@ -244,7 +253,7 @@ class PhaseTrainer:
                 self.monitor.collect(wait=False)
             if progress.phase_is_over:
                 self._end(training)
-            self._evaluation_due = progress.is_over or (
+            self._evaluation_due = self._is_milestone or (
                 phase.eval_interval > 0 and progress.phase_updates % phase.eval_interval == 0
             )
             saving = self.checkpoints is not None and self.checkpoints.due(self.updates)
@@ -297,7 +306,9 @@ class PhaseTrainer:
         phase, update = training.phase, training.update
         figures = means(losses)
         values = {f"train/{key}": value for key, value in figures.items()}
-        bar.set_postfix({key.split("_")[-1]: f"{value:.3g}" for key, value in figures.items()})
+        values |= (besides := self._metrics_of_hooks())
+        shown = {key.split("_")[-1]: value for key, value in figures.items()} | besides
+        bar.set_postfix({key: f"{value:.3g}" for key, value in shown.items()})
         skipped = update.guard.read()
         if skipped["skipped"]:
             values["train/skipped_updates"] = self.progress.skipped_updates + skipped["skipped"]
@@ -310,7 +321,16 @@ class PhaseTrainer:
         self.logs.log(values, self.updates)
         if skipped["in_a_row"] >= self.max_skipped:
             folder = None if self.checkpoints is None else self.checkpoints.folder.parent
-            give_up(list(update.losses.values()), self.buffer, batch, self.state_dict(), folder)
+            give_up(
+                list(update.losses.values()), self._phase_buffer, batch, self.state_dict(), folder
+            )
+
+    def _metrics_of_hooks(self) -> dict[str, float]:
+        return {
+            f"{name}/{key}": value
+            for name, hook in self.hooks.items()
+            for key, value in hook.metrics().items()
+        }
 
     def _save(self, *, wait: bool) -> None:
         if self.checkpoints is not None:
@@ -333,10 +353,24 @@ class PhaseTrainer:
         self._leave_if(stop)
         if not self._evaluation_due:
             return {}
-        metrics = self.monitor.run(self.updates, is_last=self.progress.is_over, stop=stop)
+        metrics = self.monitor.run(self.updates, is_last=self._is_milestone, stop=stop)
         self._leave_if(stop)
+        if self._is_milestone and not self.progress.is_over:
+            self._before[self.progress.later_phases[0].name] = metrics
         self._evaluation_due = False
         return metrics
+
+    @property
+    def _phase_buffer(self) -> ReplayBuffer:
+        """What the current phase samples from."""
+        return self.phase_buffers.get(self.progress.phase.name, self.buffer)
+
+    @property
+    def _is_milestone(self) -> bool:
+        """Whether training is over, or goes on with other data."""
+        progress, later = self.progress, self.progress.later_phases
+        changes = bool(later) and later[0].name in self.phase_buffers
+        return progress.is_over or (changes and progress.has_begun and progress.phase_is_over)
 
     def _resume_evaluations(self) -> None:
         begun = self._restored.get("evaluations", ())
@@ -356,6 +390,7 @@ class PhaseTrainer:
     def _buffers(self) -> dict[str, ReplayBuffer]:
         """All buffers, each once; those within others are saved with them."""
         candidates = {"train": self.buffer, "validation": self.validation_buffer}
+        candidates |= {f"phase {name}": buffer for name, buffer in self.phase_buffers.items()}
         for name, hook in self.hooks.items():
             candidates |= {f"{name}.{part}": buffer for part, buffer in hook.buffers().items()}
         return distinct_buffers(candidates)
@@ -378,6 +413,7 @@ class PhaseTrainer:
                 # HardUpdate counts
                 "targets": [getattr(updater, "counter", None) for updater in self.target_updaters],
                 "evaluation_due": self._evaluation_due,
+                "before": self._before,
                 "evaluations": self.monitor.state(),
             },
         }
@@ -392,8 +428,12 @@ class PhaseTrainer:
         self.progress.load_state_dict(progress)
         for name, loss in self.losses.items():
             loss.load_state_dict(state_dict["losses"][name])
+        later = {phase.name for phase in self.progress.later_phases}  # perhaps not planned then
+        fresh = {f"phase {name}" for name in self.phase_buffers if name in later}
         for name, buffer in self._buffers().items():
             if name not in state_dict["buffers"]:
+                if name in fresh:
+                    continue
                 known = sorted(state_dict["buffers"])
                 raise ValueError(f"The checkpoint has no buffer {name!r}, only {known}.")
             load_buffer_state(buffer, state_dict["buffers"][name])
@@ -405,4 +445,5 @@ class PhaseTrainer:
             if counter is not None:
                 vars(updater)["counter"] = counter
         self._evaluation_due = progress["evaluation_due"]
+        self._before = dict(progress["before"])
         self._restored = {**state_dict, "evaluations": progress["evaluations"]}
