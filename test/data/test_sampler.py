@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 from torchrl_mac.data import ActionChunkSampler, ActionChunkStorage
-from torchrl_mac.data.storage import Segments
+from torchrl_mac.data.segments import Segments
 
 
 def make_storage(lengths, names=None):

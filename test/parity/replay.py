@@ -18,9 +18,11 @@ from types import ModuleType
 
 import replay_mac
 import replay_qc
+import replay_windows
 from fixture import configs
+from torchrl._utils import logger
 
-FAMILIES = (replay_mac, replay_qc)
+FAMILIES = (replay_mac, replay_qc, replay_windows)
 
 
 def cases_of(path: str | Path) -> dict[str, ModuleType]:
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fixture", type=Path, help="a file such as mac.npz")
     path = parser.parse_args(argv).fixture
+    logger.setLevel("WARNING")  # nothing but the report on standard output
     report = {
         case: verdict(family.replay(path, case), family.TOLERANCES)
         for case, family in cases_of(path).items()

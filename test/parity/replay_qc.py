@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fixture import Fixture, difference, error, linear_leaves
+from replay_windows import arrays, column_of, rows_of, sampler_and_storage, windows
 from tensordict import TensorDict, TensorDictBase
 from torchrl.objectives import SoftUpdate
 
@@ -24,6 +25,7 @@ from torchrl_mac.objectives import ChunkedQValueLoss, ChunkedSACLoss, FlowBCLoss
 from torchrl_mac.trainers import LossUpdate
 
 TOLERANCES = {
+    "window": 1e-6,
     "loss": 1e-5,
     "gradient": 2e-5,
     "parameter": 2e-6,
@@ -112,40 +114,25 @@ class Agent:
         network = self.networks[name]
         return _leaves(network, {key: p.grad for key, p in network.named_parameters()})
 
-    def batch(self, fixture: Fixture, step: str) -> TensorDict:
-        """A stored batch, with its noises, in the layout of the replay buffer."""
+    def batch(self, fixture: Fixture, step: str, transitions: dict[str, Any]) -> TensorDict:
+        """What our sampler makes of the transitions at a step's starts, with the step's noises."""
         stored = {
-            name: fixture[f"{step}/batch/{name}"]
-            for name in (
-                "observations",
-                "actions",
-                "next_observations",
-                "rewards",
-                "masks",
-                "valid",
-            )
+            name: fixture.arrays[f"{step}/batch/{name}"] for name in ("start_idxs", "rewards")
         }
-        actions, valid = stored["actions"], stored["valid"].bool().unsqueeze(-1)
-        actions = actions[:, : self.chunk_size]
-        terminated = stored["masks"][:, -1:] == 0
-        batch = TensorDict(
-            observation=stored["observations"],
-            action=actions.squeeze(1) if self.chunk_size == 1 else actions,
-            steps_to_next_obs=torch.full_like(terminated, self.horizon, dtype=torch.int64),
-            next=TensorDict(
-                observation=stored["next_observations"][:, -1],
-                reward=stored["rewards"][:, -1:],
-                terminated=terminated,
-                done=terminated,
-                whole=valid[:, -1],
-            ),
+        column = column_of(transitions, stored)
+        _, storage = sampler_and_storage(
+            self.chunk_size,
+            self.horizon,
+            self.config["discount"],
+            rows_of(transitions, column),
         )
-        if self.config["action_chunking"]:
-            batch["valid"] = valid
+        batch = windows(storage, stored["start_idxs"], self.chunk_size)
+        if not self.config["action_chunking"]:
+            del batch["valid"]  # which is True of all first actions
         for name, key in NOISES.items():
             if f"{step}/noise/{name}" in fixture.arrays:
                 batch[key] = fixture[f"{step}/noise/{name}"]
-        return batch.auto_batch_size_(1)
+        return batch
 
     def act(self, observation: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The action, flat, for given noise."""
@@ -155,7 +142,7 @@ class Agent:
 
 def replay(path: str | Path, case: str) -> dict[str, dict[str, float]]:
     """Runs every stored update; returns ``{kind: {array: largest error}}``."""
-    fixture = Fixture(path, case)
+    fixture, transitions = Fixture(path, case), arrays(path, "data/transitions")
     agent = Agent(fixture)
     errors: dict[str, dict[str, float]] = {kind: {} for kind in TOLERANCES}
 
@@ -164,7 +151,9 @@ def replay(path: str | Path, case: str) -> dict[str, dict[str, float]]:
 
     for k in range(fixture.steps):
         step = f"step{k}"
-        data = agent.batch(fixture, step)
+        data = agent.batch(fixture, step, transitions)
+        for name, found in _differences(data, fixture, step).items():
+            note("window", name, found)
         with torch.no_grad():
             chosen = agent.critic._next_action(data).flatten(1)
         note("action", "next", difference(chosen, fixture[f"{step}/explicit/next/action"]))
@@ -228,6 +217,28 @@ def _losses(
             losses["actor/distill_loss"] = metrics["distillation_loss"].mean()
             losses["actor/actor_loss"] = metrics["loss_flow"] + metrics["loss_actor"]
     return losses
+
+
+def _differences(data: TensorDict, fixture: Fixture, step: str) -> dict[str, float]:
+    """How far a batch is from the stored one."""
+    stored = {
+        name: fixture[f"{step}/batch/{name}"]
+        for name in ("observations", "actions", "next_observations", "rewards", "masks", "valid")
+    }
+    chunk = data["action"].unsqueeze(1) if data["action"].ndim == 2 else data["action"]
+    following = data["next"]
+    pairs = {
+        "observation": (data["observation"], stored["observations"]),
+        "action": (chunk, stored["actions"][:, : chunk.shape[1]]),
+        "next_observation": (following["observation"], stored["next_observations"][:, -1]),
+        "reward": (following["reward"], stored["rewards"][:, -1:]),
+        "mask": (1 - following["terminated"].float(), stored["masks"][:, -1:]),
+        "whole": (following["whole"].float(), stored["valid"][:, -1:]),
+    }
+    if "valid" in data.keys():
+        valid = data["valid"].reshape(len(data), -1)
+        pairs["valid"] = valid.float(), stored["valid"][:, : valid.shape[1]]
+    return {name: error(ours, theirs, 1.0) for name, (ours, theirs) in pairs.items()}
 
 
 def _network(fixture: Fixture, name: str, **kwargs: Any) -> NormedMLP | StackedMLP:

@@ -77,6 +77,10 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         n_steps (int, optional): the most steps from a state to the next one; see
             :class:`~torchrl_mac.data.ActionChunkStorage`. Default: those of the chunk.
         truncation_is_success (bool, optional): see there as well. Defaults to ``False``.
+        cross_episodes (bool, optional): whether windows run on from one episode into the next; see
+            :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
+        sparse_rewards (bool, optional): whether rewards that are not 0 count as -1. Defaults to
+            ``False``.
         flat_index (bool, optional): whether the index of a batch is ``[B]``, for a
             :class:`~torchrl.data.ReplayBufferEnsemble`; see
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
@@ -136,6 +140,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         negative_reward: bool = True,
         n_steps: int | None = None,
         truncation_is_success: bool = False,
+        cross_episodes: bool = False,
+        sparse_rewards: bool = False,
         flat_index: bool = False,
         device: torch.device | str = "cpu",
         workers: int | None = None,
@@ -155,7 +161,11 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         self.root = dataset.root
         if sampler is None:
             sampler = ActionChunkSampler(
-                chunk_size, n_steps=n_steps, goals=goals, flat_index=flat_index
+                chunk_size,
+                n_steps=n_steps,
+                cross_episodes=cross_episodes,
+                goals=goals,
+                flat_index=flat_index,
             )
         storage = _DatasetStorage(
             dataset,
@@ -166,6 +176,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             goal_source=dataset.goal_source,
             negative_reward=negative_reward,
             truncation_is_success=truncation_is_success,
+            sparse_rewards=sparse_rewards,
             episode_ends=dataset.episode_ends,
             device=device,
         )

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_mac.data.goals import GoalDistribution
-from torchrl_mac.data.storage import ActionChunkStorage, Segments
+from torchrl_mac.data.segments import Segments
+from torchrl_mac.data.storage import ActionChunkStorage
 from torchrl_mac.data.windows import window_lines
 from torchrl_mac.utils.files import DamagedError, read_json, write_json
 
@@ -37,6 +38,14 @@ class ActionChunkSampler(Sampler):
     episode. The columns are then the rows of the ``h`` actions, of which the last one that has a
     successor repeats, and the row of the next state. The storage must have the same ``n_steps``.
 
+    With ``cross_episodes`` windows run on from one episode into the next, as the authors of
+    Q-chunking sample them (https://arxiv.org/abs/2507.07969): a start is any of the transitions but
+    the last ``h - 1`` (or ``n_steps - 1``). The storage then gives all the actions of a window,
+    those of the next episode included; the discounted sum of all its rewards, those after a
+    termination included; and says which actions are ``"valid"``, being of the start's episode, and
+    whether the window is as a ``("next", "whole")``. It is there to compare with published numbers:
+    no critic learns from the ends of episodes so, while with ``n_steps`` they are not wasted.
+
     What is drawn is a function of the seed and of the number of batches drawn before, both of
     which are in the sampler's state: a restored sampler goes on exactly where the saved one was.
 
@@ -46,6 +55,8 @@ class ActionChunkSampler(Sampler):
     Keyword Args:
         n_steps (int, optional): the most steps from a state to the next one, independent of
             ``chunk_size``. Default: the chunk's, all of them within the episode.
+        cross_episodes (bool, optional): whether windows run on from one episode into the next.
+            Defaults to ``False``.
         goals (dict of NestedKey to GoalDistribution, optional): the goals to draw, by the entries
             that they become in a batch, such as ``"value_goal"``; the storage's ``goal_keys``.
         seed (int, optional): the seed. Default: drawn from the ``generator`` of the replay
@@ -87,6 +98,7 @@ class ActionChunkSampler(Sampler):
         chunk_size: int = 1,
         *,
         n_steps: int | None = None,
+        cross_episodes: bool = False,
         goals: Mapping[NestedKey, GoalDistribution] | None = None,
         seed: int | None = None,
         flat_index: bool = False,
@@ -95,6 +107,8 @@ class ActionChunkSampler(Sampler):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         if n_steps is not None and n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
+        if cross_episodes and goals:
+            raise ValueError("Windows across episodes have no goals: cross_episodes=False.")
         if flat_index and goals:
             raise ValueError(
                 "flat_index=True leaves no room for goals; combine buffers that have some in a "
@@ -102,6 +116,7 @@ class ActionChunkSampler(Sampler):
             )
         self.chunk_size = chunk_size
         self.n_steps = n_steps
+        self.cross_episodes = cross_episodes
         self.goals = {unravel_key(key): goal for key, goal in (goals or {}).items()}
         self.seed = seed
         self.flat_index = flat_index
@@ -133,6 +148,8 @@ class ActionChunkSampler(Sampler):
 
         Works on the device alone, so that it can be captured in a CUDA graph once it was called.
         """
+        if self.cross_episodes:
+            return self._draw_crossing(storage, batch_size, generator)
         total, episodes, offset, last = self._starts(storage, self._span)
         self._check(storage)
         if total == 0:
@@ -167,8 +184,26 @@ class ActionChunkSampler(Sampler):
             index[:, size + i] = goal.choose(start, last, anywhere[i], uniform[i])
         return index
 
+    def _draw_crossing(
+        self, storage: ActionChunkStorage, batch_size: int, generator: torch.Generator
+    ) -> Tensor:
+        self._check(storage)
+        total, device = self.num_starts(storage), generator.device
+        if total == 0:
+            raise ValueError(
+                f"There are only {storage.crossing_rows.total} transitions for windows of "
+                f"{self._span}; choose a smaller chunk_size or n_steps."
+            )
+        number = torch.randint(total, (batch_size,), generator=generator, device=device)
+        start = storage.crossing_rows.row(number)
+        if self.flat_index:
+            return start
+        return storage.crossing_rows.window(start, self.chunk_size + 1)
+
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""
+        if self.cross_episodes:
+            return max(0, storage.crossing_rows.total - self._span + 1)
         return self._starts(storage, self._span)[0]
 
     @property
@@ -177,12 +212,15 @@ class ActionChunkSampler(Sampler):
         return {
             "goal_keys": list(self.goals),
             "n_steps": self.n_steps,
+            "cross_episodes": self.cross_episodes,
             "flat_chunk_size": self.chunk_size if self.flat_index else None,
         }
 
     @property
     def _span(self) -> int:
-        """How many rows of the episode must follow a start."""
+        """How many rows must follow a start in its episode; across episodes, the window's steps."""
+        if self.cross_episodes:
+            return max(self.chunk_size, self.n_steps or 1)
         return self.chunk_size if self.n_steps is None else 1
 
     def _check(self, storage: ActionChunkStorage) -> None:
@@ -190,6 +228,11 @@ class ActionChunkSampler(Sampler):
             raise ValueError(
                 f"The sampler draws the goals {list(self.goals)}, the storage makes "
                 f"{storage.goal_keys}; give both the same, in the same order."
+            )
+        if self.cross_episodes != storage.cross_episodes:
+            raise ValueError(
+                f"The sampler has cross_episodes={self.cross_episodes}, the storage "
+                f"cross_episodes={storage.cross_episodes}; give both the same."
             )
         if self.n_steps != storage.n_steps:
             raise ValueError(

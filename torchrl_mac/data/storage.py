@@ -12,6 +12,8 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorStorage
 
+from torchrl_mac.data.crossing import CrossingRows, episode_is_the_first
+from torchrl_mac.data.segments import Segments
 from torchrl_mac.data.windows import (
     Window,
     expand_as_rows,
@@ -21,7 +23,7 @@ from torchrl_mac.data.windows import (
     window_rows,
 )
 
-__all__ = ["ActionChunkStorage", "Segments"]
+__all__ = ["ActionChunkStorage"]
 
 
 class ActionChunkStorage(LazyTensorStorage):
@@ -110,6 +112,12 @@ class ActionChunkStorage(LazyTensorStorage):
         truncation_is_success (bool, optional): with ``n_steps`` and goals, whether windows that
             the end of the episode cuts short succeed as well, as in OGBench's agents (by
             mistake). Defaults to ``False``.
+        cross_episodes (bool, optional): whether windows run on from one episode into the next, see
+            :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
+        end_key (NestedKey, optional): for such windows, the entry of rows (bool ``[N, 1]``) that
+            says that an episode ends with their action. Default: where ``traj_key`` changes.
+        sparse_rewards (bool, optional): whether the rewards of rows that are not 0 count as -1.
+            Defaults to ``False``.
         flat_chunk_size (int, optional): if given, a 1-D tensor is an index of the starts of
             chunks of so many actions, as of samplers with ``flat_index``. Default: of rows.
         rows_in_state (bool, optional): whether a checkpoint must hold the rows. If ``False``, as
@@ -189,11 +197,16 @@ class ActionChunkStorage(LazyTensorStorage):
         negative_reward: bool = True,
         n_steps: int | None = None,
         truncation_is_success: bool = False,
+        cross_episodes: bool = False,
+        end_key: NestedKey | None = None,
+        sparse_rewards: bool = False,
         flat_chunk_size: int | None = None,
         rows_in_state: bool = True,
         episode_ends: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        if cross_episodes and goal_keys:
+            raise ValueError("Windows across episodes have no goals: cross_episodes=False.")
         if (rows is None) == (max_size is None):
             raise ValueError("Give either rows or, to write them later, max_size.")
         if n_steps is not None and n_steps < 1:
@@ -214,9 +227,13 @@ class ActionChunkStorage(LazyTensorStorage):
         self.negative_reward = negative_reward
         self.n_steps = n_steps
         self.truncation_is_success = truncation_is_success
+        self.cross_episodes = cross_episodes
+        self.end_key = None if end_key is None else unravel_key(end_key)
+        self.sparse_rewards = sparse_rewards
         self.flat_chunk_size = flat_chunk_size
         self.rows_in_state = rows_in_state
         self._episodes: tuple[tuple[int, int], Tensor, Segments] | None = None
+        self._crossing: tuple[tuple[int, int], CrossingRows] | None = None
         if episode_ends is not None:
             self._set_episodes(episode_ends.to(self.device))
 
@@ -263,6 +280,13 @@ class ActionChunkStorage(LazyTensorStorage):
                 is_end[cursor] = True  # in a full ring the row after it is the oldest one
             self._set_episodes(is_end.nonzero().squeeze(-1))
         return cast("tuple[Any, Tensor, Segments]", self._episodes)[1]
+
+    @property
+    def crossing_rows(self) -> CrossingRows:
+        """The rows that are transitions, numbered through."""
+        if self._crossing is None or self._crossing[0] != self.version:
+            self._crossing = self.version, CrossingRows(self.episode_ends, self.holds_next)
+        return self._crossing[1]
 
     def _set_episodes(self, ends: Tensor) -> None:
         self._episodes = self.version, ends, Segments(ends + 1)
@@ -317,7 +341,12 @@ class ActionChunkStorage(LazyTensorStorage):
         device = self._storage.device if self.flat_chunk_size is None else self.device
         chunks = TensorDict(batch_size=start.shape, device=device)
         following = TensorDict(batch_size=start.shape, device=device)
-        if self.n_steps is None:
+        window = None
+        if self.cross_episodes:
+            window, action, row = self._crossing_window(start, chunk_size)
+            last, end = self._last(row), row + 1
+            following.set("whole", window.whole)
+        elif self.n_steps is None:
             action = _windows(self._column(self.action_key), start, chunk_size)
             last = self._last(start)
             if goal is None:
@@ -328,15 +357,14 @@ class ActionChunkStorage(LazyTensorStorage):
         else:
             last = self._last(start)
             window = self._window(start, end, last, goal, chunk_size, self.n_steps)
-            reward, terminated = window.reward, window.terminated
             end = start + window.steps
-            chunks.set("steps_to_next_obs", window.steps.unsqueeze(-1))
-            row = window_rows(start, last, chunk_size)
-            action = self._column(self.action_key).index_select(0, row.flatten())
-            action = action.unflatten(0, row.shape)
+            action = self._actions(window_rows(start, last, chunk_size))
             inside = start.unsqueeze(-1) + torch.arange(chunk_size, device=start.device)
             inside = inside < last.unsqueeze(-1)
             action.masked_fill_(~expand_as_rows(inside, action), 0)
+        if window is not None:
+            reward, terminated = window.reward, window.terminated
+            chunks.set("steps_to_next_obs", window.steps.unsqueeze(-1))
             valid = window.valid.unsqueeze(-1)
             chunks.set("valid", valid.squeeze(1) if chunk_size == 1 else valid)
         chunks.set(self.action_key, action.squeeze(1) if chunk_size == 1 else action)
@@ -360,6 +388,45 @@ class ActionChunkStorage(LazyTensorStorage):
         if self.holds_next:
             return self._column(unravel_key(("next", key))).index_select(0, row - 1)
         return self._column(key).index_select(0, row)
+
+    def _actions(self, row: Tensor) -> Tensor:
+        """The actions of rows ``[B, h]``."""
+        action = self._column(self.action_key).index_select(0, row.flatten())
+        return action.unflatten(0, row.shape)
+
+    def _crossing_window(self, start: Tensor, chunk_size: int) -> tuple[Window, Tensor, Tensor]:
+        """Windows regardless of episodes, their actions, and the rows of their last step."""
+        n_steps = chunk_size if self.n_steps is None else self.n_steps
+        row = self.crossing_rows.window(start, max(chunk_size, n_steps))
+        if self.end_key is None:
+            episode = self._column(self.traj_key).flatten()[row.flatten()].reshape(row.shape)
+            ends = torch.zeros_like(row, dtype=torch.bool)
+            torch.ne(episode[:, 1:], episode[:, :-1], out=ends[:, :-1])
+        else:
+            ends = self._column(self.end_key).flatten()[row.flatten()].reshape(row.shape)
+        inside = episode_is_the_first(ends)
+        counted = row[:, :n_steps]
+        reward = terminated = None
+        if self._has(unravel_key(("next", self.reward_key))):
+            reward = self._rewards(counted.flatten()).unflatten(0, counted.shape)
+            discount = self.gamma ** torch.arange(n_steps, device=row.device)
+            reward = reward.mul_(discount.reshape(-1, *[1] * (reward.ndim - 2))).sum(1)
+        if not self.ignore_terminated and self._has(("next", "terminated")):
+            ended = self._column(("next", "terminated")).index_select(0, counted.flatten())
+            terminated = ended.reshape(len(row), -1).any(1, keepdim=True)
+        window = Window(
+            torch.full_like(start, n_steps),
+            inside[:, :chunk_size],
+            reward,
+            terminated,
+            inside[:, n_steps - 1 : n_steps],
+        )
+        return window, self._actions(row[:, :chunk_size]), row[:, n_steps - 1]
+
+    def _rewards(self, row: Tensor) -> Tensor:
+        """The rewards of rows ``[N]``."""
+        reward = self._column(unravel_key(("next", self.reward_key))).index_select(0, row)
+        return _sparse(reward) if self.sparse_rewards else reward
 
     def _window(
         self,
@@ -389,7 +456,7 @@ class ActionChunkStorage(LazyTensorStorage):
         reward, terminated = unravel_key(("next", self.reward_key)), ("next", "terminated")
         ends = not self.ignore_terminated and self._has(terminated)
         return windows(
-            reward=self._column(reward) if self._has(reward) else None,
+            reward=self._rewards if self._has(reward) else None,
             terminated=self._column(terminated) if ends else None,
         )
 
@@ -405,6 +472,7 @@ class ActionChunkStorage(LazyTensorStorage):
                 over = ends[:, :-1].cumsum(1, dtype=torch.int32) > 0
         if self._has(reward_key := unravel_key(("next", self.reward_key))):
             reward = _windows(self._column(reward_key), start, chunk_size)
+            reward = _sparse(reward) if self.sparse_rewards else reward
             discount = self.gamma ** torch.arange(chunk_size, device=reward.device)
             reward.mul_(discount.reshape(-1, *[1] * (reward.ndim - 2)))
             if over is not None:
@@ -423,30 +491,5 @@ def _windows(column: Tensor, start: Tensor, length: int) -> Tensor:
     return view.index_select(0, start)
 
 
-class Segments:
-    """Numbers from 0 on, divided into consecutive segments.
-
-    Where all segments have one length, as OGBench's episodes do, one is found by division, five
-    times faster than by search.
-
-    Args:
-        ends (Tensor): where each segment ends and the next one begins, ``[E]`` int64.
-
-    Examples:
-        >>> import torch
-        >>> from torchrl_mac.data.storage import Segments
-        >>> Segments(torch.tensor([3, 3, 7])).find(torch.tensor([0, 2, 3, 6]))
-        tensor([0, 0, 2, 2])
-    """
-
-    def __init__(self, ends: Tensor) -> None:
-        self.ends = ends
-        lengths = ends.diff(prepend=ends.new_zeros(1))
-        equal = len(ends) > 0 and bool((lengths == lengths[0]).all() & (lengths[0] > 0))
-        self._length = int(lengths[0]) if equal else None
-
-    def find(self, number: Tensor) -> Tensor:
-        """The segment of each number, which must be smaller than the last end."""
-        if self._length is not None:
-            return number.div(self._length, rounding_mode="floor")
-        return torch.searchsorted(self.ends, number, right=True)
+def _sparse(reward: Tensor) -> Tensor:
+    return -(reward != 0).to(reward.dtype)

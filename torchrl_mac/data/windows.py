@@ -5,6 +5,7 @@ All of it on the rows' device and without waiting for it: masks instead of branc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,15 @@ class Window(NamedTuple):
         valid (Tensor): which of the chunk's actions were taken, ``[B, h]`` bool.
         reward (Tensor or None): the discounted sum over the steps, ``[B, *]``.
         terminated (Tensor or None): whether the task ends with them, ``[B, 1]`` bool.
+        whole (Tensor or None): whether they are within one episode, ``[B, 1]`` bool, if not all
+            are.
     """
 
     steps: Tensor
     valid: Tensor
     reward: Tensor | None
     terminated: Tensor | None
+    whole: Tensor | None = None
 
 
 def window_rows(start: Tensor, last: Tensor, length: int) -> Tensor:
@@ -63,7 +67,7 @@ def task_window(
     chunk_size: int,
     n_steps: int,
     gamma: float,
-    reward: Tensor | None,
+    reward: Callable[[Tensor], Tensor] | None,
     terminated: Tensor | None,
 ) -> Window:
     r"""Windows of the rewards and terminations of the rows, cut at the first termination.
@@ -75,7 +79,7 @@ def task_window(
         chunk_size (int): the number of actions.
         n_steps (int): the most rows between ``start`` and ``end``.
         gamma (float): the discount per step.
-        reward (Tensor or None): the rewards of all rows, ``[N, *]``.
+        reward (callable or None): returns the rewards of rows ``[M]``, ``[M, *]``.
         terminated (Tensor or None): whether they end the task, ``[N, *]`` bool; ``None`` if that
             does not count.
     """
@@ -91,7 +95,7 @@ def task_window(
     if terminated is not None:
         ended = (ends[:, :n_steps] & counted).any(1, keepdim=True)
     if reward is not None:
-        rewards = reward.index_select(0, row[:, :n_steps].flatten()).unflatten(0, (-1, n_steps))
+        rewards = reward(row[:, :n_steps].flatten()).unflatten(0, (-1, n_steps))
         discount = counted * gamma ** offset[:n_steps]
         total = rewards.mul_(expand_as_rows(discount, rewards)).sum(1)
     return Window(counted.sum(1), inside[:, :chunk_size], total, ended)

@@ -72,9 +72,15 @@ def online_buffer(
             gamma=like.gamma,
             ignore_terminated=like.ignore_terminated,
             observation_keys=like.observation_keys,
+            sparse_rewards=like.sparse_rewards,
             **sampler.layout,
         ),
-        sampler=ActionChunkSampler(sampler.chunk_size, n_steps=sampler.n_steps, seed=seed),
+        sampler=ActionChunkSampler(
+            sampler.chunk_size,
+            n_steps=sampler.n_steps,
+            cross_episodes=sampler.cross_episodes,
+            seed=seed,
+        ),
     )
     for transform in dataset.transform:
         buffer.append_transform(transform.clone())
