@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,15 +33,11 @@ class CollectionHook(TrainerHook):
     Chunks are executed whole, one action after the other, by TorchRL's
     :class:`~torchrl.modules.MultiStepActorWrapper`; an episode that ends drops the rest of its
     chunk. (:class:`~torchrl.envs.transforms.MultiAction` would make one step of a chunk, with as
-    many rewards as it lived; here each row is a step of the environment.) Before update u of the
-    phase, counted from 0, there have been
+    many rewards as it lived; here each row is a step of the environment.)
 
-    .. math::
-
-        \min(\mathrm{frames}, \mathrm{warmup\_frames} + \lfloor u / \mathrm{update\_to\_data}
-        \rfloor + 1)
-
-    steps. Episodes are those of :class:`~torchrl_mac.envs.ResumableEpisodes`: a run that was
+    A phase's F steps are spread evenly over its U updates, but for the w of the warm-up, which come
+    first: before update u, counted from 0, there have been :math:`w + \lceil (u + 1) (F - w) / U
+    \rceil`. Episodes are those of :class:`~torchrl_mac.envs.ResumableEpisodes`: a run that was
     interrupted goes on in the middle of one.
 
     Args:
@@ -53,13 +48,12 @@ class CollectionHook(TrainerHook):
             :class:`~torchrl_mac.data.ActionChunkStorage`.
 
     Keyword Args:
-        frames (int): how many steps in all.
-        update_to_data (float, optional): updates for each step. Defaults to 1.
-        warmup_frames (int, optional): steps before the first update. Defaults to 0.
+        frames (dict of str to int): how many steps, by the names of the phases in which they are
+            made, in order.
+        warmup_frames (int, optional): the steps before the first update of the first of these.
+            Defaults to 0.
         random_frames (int, optional): of these, the first so many are uniformly random, and what is
             left of a chunk then. Defaults to 0.
-        phases (collection of str, optional): the names of the phases in which this is done.
-            Defaults to all.
         seed (int, optional): of the episodes. Defaults to 0.
 
     Raises:
@@ -72,28 +66,25 @@ class CollectionHook(TrainerHook):
         actor: ChunkActor,
         buffer: ReplayBuffer,
         *,
-        frames: int,
-        update_to_data: float = 1.0,
+        frames: Mapping[str, int],
         warmup_frames: int = 0,
         random_frames: int = 0,
-        phases: Collection[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if not 0 <= random_frames <= frames or not 0 <= warmup_frames < frames:
+        first = next(iter(frames.values()), 0)
+        if min(frames.values(), default=0) < 1 or not 0 <= warmup_frames < first:
             raise ValueError(
-                "warmup_frames must be below frames and random_frames at most frames, got "
-                f"{warmup_frames=}, {random_frames=} and {frames=}."
+                "frames must be at least 1 in each phase, and warmup_frames fewer than those of "
+                f"the first, got frames={dict(frames)} and {warmup_frames=}."
             )
-        if not update_to_data > 0:
-            raise ValueError(f"update_to_data must be positive, got {update_to_data}.")
+        if random_frames < 0:
+            raise ValueError(f"random_frames must not be negative, got {random_frames}.")
         self.make_env = make_env
         self.actor = actor
         self.buffer = buffer
-        self.frames = frames
-        self.update_to_data = update_to_data
+        self.frames = dict(frames)
         self.warmup_frames = warmup_frames
         self.random_frames = random_frames
-        self.phases = phases
         self.collected = 0
         self._return = 0.0
         self._recent: deque[tuple[bool, float, int]] = deque(maxlen=_RECENT)
@@ -102,20 +93,28 @@ class CollectionHook(TrainerHook):
         self._steps: Iterator[TensorDictBase] | None = None
         self._collector: Collector | None = None
 
-    def due(self, phase_updates: int) -> int:
+    def due(self, progress: Progress) -> int:
         """How many steps there must have been before the next update."""
-        # what 1 / 3 loses to binary fractions must not delay a step
-        steps = math.floor(round(phase_updates / self.update_to_data, 6))
-        return min(self.frames, self.warmup_frames + steps + 1)
+        phases = list(self.frames)
+        if progress.phase.name not in phases:
+            return self.collected
+        place = phases.index(progress.phase.name)
+        before = sum(self.frames[name] for name in phases[:place])
+        frames, warmup = self.frames[phases[place]], self.warmup_frames if place == 0 else 0
+        spread = -(-(progress.phase_updates + 1) * (frames - warmup) // progress.phase.num_updates)
+        return before + min(frames, warmup + spread)
 
     def before_update(self, progress: Progress) -> None:
         """Collects what is due."""
-        if self.phases is None or progress.phase.name in self.phases:
-            while self.collected < self.due(progress.phase_updates):
-                self._collect()
+        while self.collected < self.due(progress):
+            self._collect()
 
     def end_phase(self, progress: Progress) -> None:
-        """Closes the environment; it is built again if another phase collects."""
+        """Closes the environment after the last phase that collects."""
+        if progress.phase.name == list(self.frames)[-1]:
+            self._close()
+
+    def _close(self) -> None:
         if self._collector is not None:
             self._collector.shutdown()
             self._collector = self._steps = None
@@ -149,7 +148,7 @@ class CollectionHook(TrainerHook):
         """Restores what :meth:`state_dict` returned."""
         if not state_dict:  # of a run that had not yet begun to collect
             return
-        self.end_phase(Progress([]))
+        self._close()
         self.collected = state_dict["collected"]
         self._return, self._length = state_dict["return"], state_dict["length"]
         self._recent.extend(tuple(episode) for episode in state_dict["recent"])

@@ -28,7 +28,7 @@ from torchrl_mac.modules import ChunkActor, save_policy
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.evaluation import EpisodeEvaluator
 from torchrl_mac.trainers.logs import JSONLinesLogger
-from torchrl_mac.trainers.online import make_online_phase, online_phase
+from torchrl_mac.trainers.online import make_online, online_phases
 from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, write_summary
 from torchrl_mac.trainers.run import RunFolder
@@ -66,7 +66,7 @@ class Experiment(contextlib.AbstractContextManager):
         check_settings({**self.settings, "resume": cfg.resume})
         _ = self.phases  # or an error
         self.task = resolve_task(cfg.dataset, cfg.task_id)
-        self.online = online_phase(self.settings)
+        self.online = online_phases(self.settings)
         if self.online is not None and self.is_goal_conditioned:
             raise ValueError(
                 f"online.frames={cfg.online.frames} cannot be with {cfg.dataset}: only a single "
@@ -104,6 +104,11 @@ class Experiment(contextlib.AbstractContextManager):
             return [Phase(**phase) for phase in self.settings["phases"]]
         except TypeError as error:  # a key that is missing or unknown
             raise ValueError(f"phases={self.settings['phases']} cannot be: {error}.") from error
+
+    @property
+    def all_phases(self) -> list[Phase]:
+        """The settings' ``phases``, and those online."""
+        return [*self.phases, *(() if self.online is None else self.online.phases)]
 
     def dataset(
         self,
@@ -144,7 +149,7 @@ class Experiment(contextlib.AbstractContextManager):
 
     @property
     def _first_batch_size(self) -> int:
-        return [*self.phases, *filter(None, [self.online])][0].batch_size
+        return self.all_phases[0].batch_size
 
     def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
         """What makes an actor of normalised observations, and goals, one of the simulator's."""
@@ -225,7 +230,7 @@ class Experiment(contextlib.AbstractContextManager):
         return PhaseTrainer(
             losses,
             buffer,
-            self.phases if phases is None else phases,
+            self.all_phases if phases is None else phases,
             loggers=self.loggers,
             checkpoints=checkpoints,
             log_interval=cfg.log_interval,
@@ -301,9 +306,7 @@ class Experiment(contextlib.AbstractContextManager):
         )
         if self.online is not None:
             make_env = partial(OGBenchEnv, self.cfg.dataset)
-            kwargs |= make_online_phase(
-                self.online, self.settings, data, actor, make_env, self.phases
-            )
+            kwargs |= make_online(self.online, self.settings, data, actor, make_env)
         trainer = self.trainer(
             losses, buffer, digest=data.digest, actor=actor, **evaluations, **kwargs
         )
@@ -317,8 +320,9 @@ class Experiment(contextlib.AbstractContextManager):
             "task": self.cfg.dataset,
             "transitions": len(data),
         }
-        begin = None if self.online is None else trainer.progress.beginning(self.online.name)
-        borders = [] if not begin else [begin]
+        first = None if self.online is None else self.online.phases[0].name
+        border = None if first is None else trainer.progress.beginning(first)
+        borders = [border] if border else []
         policies = {"policy": (actor, self.cfg.dataset)}
         return self.report(summary, data.digest, policies, borders=borders)
 

@@ -1,9 +1,10 @@
-"""The online phase of a run, from a script's settings."""
+"""The online phases of a run, from a script's settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -18,39 +19,69 @@ from torchrl_mac.modules import ChunkActor
 from torchrl_mac.trainers.collection import CollectionHook
 from torchrl_mac.trainers.phase import Phase
 
-__all__ = ["make_online_phase", "online_buffer", "online_phase"]
+__all__ = ["OnlinePhases", "make_online", "online_buffer", "online_phases"]
 
-NAME = "online"
+_COUNTS = {"frames": 1, "warmup_frames": 0, "random_frames": 0, "capacity": 1}
 
 
-def online_phase(settings: Mapping[str, Any]) -> Phase | None:
-    """The phase that the settings under ``online`` describe, if there is one.
+class OnlinePhases(NamedTuple):
+    """Phases that train on collected data as well.
+
+    Attributes:
+        phases (list of Phase): what to train.
+        frames (dict of str to int): how many steps are collected in which of them.
+    """
+
+    phases: list[Phase]
+    frames: dict[str, int]
+
+
+def online_phases(settings: Mapping[str, Any]) -> OnlinePhases | None:
+    """The phases that a script's settings describe under ``online``, if there are any.
 
     Raises:
-        ValueError: if one of them cannot be.
+        ValueError: if one of the settings cannot be.
     """
     online = settings.get("online")
-    if not online or not online["frames"]:
+    if not online or online["frames"] == 0:
         return None
-    for key in ("frames", "warmup_frames", "random_frames", "capacity"):
-        if type(online[key]) is not int or online[key] < 0:
+    for key, least in _COUNTS.items():
+        if type(online[key]) is not int or online[key] < least:
             raise ValueError(
-                f"online.{key}={online[key]} cannot be: it must be a whole number of at least 0."
+                f"online.{key}={online[key]} cannot be: it must be a whole number of at least "
+                f"{least}."
             )
-    frames, warmup = online["frames"], online["warmup_frames"]
-    if not warmup < frames:
-        raise ValueError(
-            f"online.warmup_frames={warmup} cannot be: it must be below online.frames={frames}."
-        )
     if not online["update_to_data"] > 0:
         raise ValueError(
             f"online.update_to_data={online['update_to_data']} cannot be: it must be positive."
         )
-    updates = max(1, round((frames - warmup) * online["update_to_data"]))
-    try:
-        return Phase(name=NAME, num_updates=updates, **online["phase"])
-    except TypeError as error:  # a key that is missing or unknown
-        raise ValueError(f"online.phase={online['phase']} cannot be: {error}.") from error
+    found = OnlinePhases([], {})
+    shares = [
+        of.get("share", 1.0 if len(online["phases"]) == 1 else 0.0) for of in online["phases"]
+    ]
+    if not online["phases"] or min(shares) < 0 or not math.isclose(sum(shares), 1):
+        raise ValueError(
+            f"online.phases must have shares of the frames that sum up to 1, got {shares}."
+        )
+    warmup = online["warmup_frames"]
+    for of, share in zip(online["phases"], shares, strict=True):
+        phase, frames = {key: value for key, value in of.items() if key != "share"}, 0
+        if share:
+            frames = round(share * online["frames"])
+            if not warmup < frames:
+                raise ValueError(
+                    f"online.warmup_frames={warmup} cannot be: the first phase that collects has "
+                    f"{frames} frames."
+                )
+            found.frames[phase["name"]] = frames
+        updates = round((frames - warmup * bool(share)) * online["update_to_data"])
+        warmup = 0 if share else warmup
+        phase.setdefault("num_updates", max(1, updates))
+        try:
+            found.phases.append(Phase(**phase))
+        except TypeError as error:  # a key that is missing or unknown
+            raise ValueError(f"online.phases={phase} cannot be: {error}.") from error
+    return found
 
 
 def online_buffer(
@@ -87,42 +118,35 @@ def online_buffer(
     return buffer
 
 
-def make_online_phase(
-    phase: Phase,
+def make_online(
+    online: OnlinePhases,
     settings: Mapping[str, Any],
     dataset: ActionChunkExperienceReplay,
     actor: ChunkActor,
     make_env: Callable[[], EnvBase],
-    phases: Sequence[Phase],
 ) -> dict[str, Any]:
-    """What a :class:`~torchrl_mac.trainers.PhaseTrainer` needs for the online phase.
+    """What a :class:`~torchrl_mac.trainers.PhaseTrainer` needs for the online phases.
 
     Args:
-        phase (Phase): of :func:`online_phase`.
+        online (OnlinePhases): the phases.
         settings (mapping): a script's, ``online`` and ``seed`` among them.
         dataset (ActionChunkExperienceReplay): the offline part of the batches.
         actor (ChunkActor): acts on the environment's observations.
         make_env (callable): builds the environment.
-        phases (sequence of Phase): those before.
     """
-    online, seed = settings[NAME], settings["seed"]
-    buffer = online_buffer(dataset, online["capacity"], seed)
+    of, seed = settings["online"], settings["seed"]
+    buffer = online_buffer(dataset, of["capacity"], seed)
+    mixed = MixedReplayBuffer({"offline": dataset, "online": buffer}, of["shares"])
+    hook = CollectionHook(
+        make_env,
+        actor,
+        buffer,
+        frames=online.frames,
+        warmup_frames=of["warmup_frames"],
+        random_frames=of["random_frames"],
+        seed=seed,
+    )
     return {
-        "phases": [*phases, phase],
-        "phase_buffers": {
-            NAME: MixedReplayBuffer({"offline": dataset, NAME: buffer}, online["shares"])
-        },
-        "hooks": {
-            NAME: CollectionHook(
-                make_env,
-                actor,
-                buffer,
-                frames=online["frames"],
-                update_to_data=online["update_to_data"],
-                warmup_frames=online["warmup_frames"],
-                random_frames=online["random_frames"],
-                phases=[NAME],
-                seed=seed,
-            )
-        },
+        "phase_buffers": {phase.name: mixed for phase in online.phases},
+        "hooks": {"online": hook},
     }

@@ -240,7 +240,7 @@ class PhaseTrainer:
         while not progress.phase_is_over:
             for hook in self.hooks.values():
                 hook.before_update(progress)
-            batch = self._phase_buffer.sample(phase.batch_size)
+            batch = self._buffer_of(phase).sample(phase.batch_size)
             losses = training.step(batch)
             progress.advance()
             bar.update()
@@ -322,7 +322,11 @@ class PhaseTrainer:
         if skipped["in_a_row"] >= self.max_skipped:
             folder = None if self.checkpoints is None else self.checkpoints.folder.parent
             give_up(
-                list(update.losses.values()), self._phase_buffer, batch, self.state_dict(), folder
+                list(update.losses.values()),
+                self._buffer_of(phase),
+                batch,
+                self.state_dict(),
+                folder,
             )
 
     def _metrics_of_hooks(self) -> dict[str, float]:
@@ -360,17 +364,17 @@ class PhaseTrainer:
         self._evaluation_due = False
         return metrics
 
-    @property
-    def _phase_buffer(self) -> ReplayBuffer:
-        """What the current phase samples from."""
-        return self.phase_buffers.get(self.progress.phase.name, self.buffer)
+    def _buffer_of(self, phase: Phase) -> ReplayBuffer:
+        """What a phase samples from."""
+        return self.phase_buffers.get(phase.name, self.buffer)
 
     @property
     def _is_milestone(self) -> bool:
         """Whether training is over, or goes on with other data."""
         progress, later = self.progress, self.progress.later_phases
-        changes = bool(later) and later[0].name in self.phase_buffers
-        return progress.is_over or (changes and progress.has_begun and progress.phase_is_over)
+        if not progress.has_begun or not progress.phase_is_over:
+            return False
+        return not later or self._buffer_of(later[0]) is not self._buffer_of(progress.phase)
 
     def _resume_evaluations(self) -> None:
         begun = self._restored.get("evaluations", ())
