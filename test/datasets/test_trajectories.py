@@ -312,5 +312,96 @@ def test_links_cannot_lead_out_of_the_root(tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+ROBOMIMIC = {"robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpos": 2, "object": 10}
+
+
+def save_robomimic(path, lengths=(4, 3, 5), has_next=True, succeeds=True):
+    """Demonstrations of given lengths; the number of a state is its first coordinate."""
+    rng, number, demos = np.random.default_rng(0), 0, {}
+    with h5py.File(path, "w") as file:
+        for k in reversed(range(len(lengths))):  # as HDF5 lists them: demo_10 before demo_2
+            steps = lengths[k]
+            demo = file.create_group(f"data/demo_{k + 8}")
+            states = {key: rng.random((steps + 1, n)) for key, n in ROBOMIMIC.items()}
+            states["robot0_eef_pos"][:, 0] = number + np.arange(steps + 1)
+            number += steps + 1
+            for key, array in states.items():
+                demo[f"obs/{key}"] = array[:-1]
+                if has_next:
+                    demo[f"next_obs/{key}"] = array[1:]
+            demo["obs/robot0_joint_pos"] = rng.random((steps, 7))
+            demo["actions"] = rng.uniform(-1, 1, (steps, 7))
+            demo["rewards"] = demo["dones"] = (np.arange(steps) == steps - 1) * float(succeeds)
+            demos[k] = np.concatenate(list(states.values()), 1), demo["actions"][()]
+    return [demos[k] for k in range(len(lengths))]
+
+
+@pytest.mark.parametrize("has_next", [True, False])
+def test_robomimic(tmp_path, has_next):
+    demos = save_robomimic(tmp_path / "lift.hdf5", has_next=has_next)
+    settings = {"root": tmp_path / "root", "source": tmp_path / "lift.hdf5"}
+    buffer = ActionChunkExperienceReplay(
+        "lift", 512, chunk_size=1, n_steps=2, gamma=0.9, **settings
+    )
+    assert buffer.observation_spec["observation"].shape == (19,)
+    expected = {}
+    for states, actions in demos:
+        if not has_next:
+            states = np.concatenate([states[:-1], states[-2:-1]])  # never asked for
+        last = len(actions) - 1
+        for t in range(last + 1):
+            stop = min(t + 2, last + 1)
+            reward = sum(0.9 ** (i - t) * (0 if i == last else -1) for i in range(t, stop))
+            expected[states[t][0]] = states[stop], actions[t], reward, stop == last + 1
+    seen = set()
+    for chunk in buffer.sample():
+        key = chunk["observation"][0].item()
+        following, action, reward, terminated = expected[key]
+        np.testing.assert_allclose(chunk["next", "observation"], following, rtol=1e-6)
+        np.testing.assert_allclose(chunk["action"], action.clip(-0.99999, 0.99999), rtol=1e-6)
+        assert chunk["next", "reward"].item() == pytest.approx(reward, abs=1e-6)
+        assert chunk["next", "terminated"].item() == terminated
+        seen.add(key)
+    assert seen == set(expected)
+    first = [demo[0][0, 0] for demo in demos]
+    starts = [0, *(end + 1 for end in buffer.storage.episode_ends.tolist()[:-1])]
+    assert buffer[:]["observation"][starts, 0].tolist() == first  # demo_8, demo_9, demo_10
+
+
+def test_robomimic_without_success_or_next_states_loses_a_step(tmp_path):
+    demos = save_robomimic(tmp_path / "can.hdf5", has_next=False, succeeds=False)
+    settings = {"root": tmp_path / "root", "source": tmp_path / "can.hdf5"}
+    buffer = ActionChunkExperienceReplay("can", 8, **settings)
+    assert len(buffer) == sum(len(actions) for _, actions in demos)
+    assert not buffer[:]["next", "terminated"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda file: file.__delitem__("data/demo_8/obs/object"),
+            r"data/demo_8/obs' lacks \['object",
+        ),
+        (lambda file: file.__delitem__("data/demo_9/dones"), "data/demo_9' has .*'dones'"),
+        (lambda file: file.create_group("data/demo_x"), "'demo_x' is not an episode, 'demo_0'"),
+        (
+            lambda file: (
+                file.__delitem__("data/demo_9/actions"),
+                file.__setitem__("data/demo_9/actions", np.zeros((9, 7))),
+            ),
+            r"data/demo_9' has arrays of \{'obs': 3, 'actions': 9",
+        ),
+    ],
+)
+def test_robomimic_that_is_not(tmp_path, change, match):
+    save_robomimic(tmp_path / "lift.hdf5")
+    with h5py.File(tmp_path / "lift.hdf5", "a") as file:
+        change(file)
+    with pytest.raises(ValueError, match=match) as error:
+        ActionChunkExperienceReplay("lift", root=tmp_path, source=tmp_path / "lift.hdf5")
+    assert "lift.hdf5" in str(error.value)
+
+
 if __name__ == "__main__":
     pytest.main([__file__])
