@@ -10,10 +10,9 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, TensorStorage
 
-from torchrl_mac.data.crossing import CrossingRows, episode_is_the_first
-from torchrl_mac.data.segments import Segments
+from torchrl_mac.data.crossing import episode_is_the_first
+from torchrl_mac.data.rows import EpisodeStorage
 from torchrl_mac.data.windows import (
     Window,
     expand_as_rows,
@@ -26,7 +25,7 @@ from torchrl_mac.data.windows import (
 __all__ = ["ActionChunkStorage"]
 
 
-class ActionChunkStorage(LazyTensorStorage):
+class ActionChunkStorage(EpisodeStorage):
     r"""One row per stored state; a 2-D index reads chunks of consecutive actions.
 
     Rows are in time order, the rows of an episode are contiguous, and the next state of a row
@@ -207,20 +206,21 @@ class ActionChunkStorage(LazyTensorStorage):
     ) -> None:
         if cross_episodes and goal_keys:
             raise ValueError("Windows across episodes have no goals: cross_episodes=False.")
-        if (rows is None) == (max_size is None):
-            raise ValueError("Give either rows or, to write them later, max_size.")
         if n_steps is not None and n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
-        size = len(rows) if rows is not None else max_size
-        super().__init__(cast("int", size), device=device)
-        if rows is not None:
-            TensorStorage.__init__(self, rows, device=device)
+        super().__init__(
+            rows,
+            max_size=max_size,
+            observation_keys=observation_keys,
+            traj_key=traj_key,
+            rows_in_state=rows_in_state,
+            episode_ends=episode_ends,
+            device=device,
+        )
         self.gamma = gamma
         self.ignore_terminated = ignore_terminated
-        self.observation_keys = [unravel_key(key) for key in observation_keys]
         self.action_key = unravel_key(action_key)
         self.reward_key = unravel_key(reward_key)
-        self.traj_key = unravel_key(traj_key)
         self.goal_keys = [unravel_key(key) for key in goal_keys]
         self.goal_source = unravel_key(goal_source)
         self.reward_goal = unravel_key(reward_goal)
@@ -231,11 +231,6 @@ class ActionChunkStorage(LazyTensorStorage):
         self.end_key = None if end_key is None else unravel_key(end_key)
         self.sparse_rewards = sparse_rewards
         self.flat_chunk_size = flat_chunk_size
-        self.rows_in_state = rows_in_state
-        self._episodes: tuple[tuple[int, int], Tensor, Segments] | None = None
-        self._crossing: tuple[tuple[int, int], CrossingRows] | None = None
-        if episode_ends is not None:
-            self._set_episodes(episode_ends.to(self.device))
 
     def get(self, index: Any) -> Any:
         """Rows, or chunks of them if ``index`` has two dimensions or the storage is flat."""
@@ -246,84 +241,12 @@ class ActionChunkStorage(LazyTensorStorage):
             return self._get_chunks(self._lines(torch.as_tensor(index, device=self.device)))
         return super().get(index)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows or, if they do not belong in a checkpoint, their number."""
-        return super().state_dict() if self.rows_in_state else {"rows": len(self)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, or compares the number of rows."""
-        if self.rows_in_state:
-            super().load_state_dict(state_dict)
-        elif state_dict["rows"] != len(self):
-            raise ValueError(
-                f"The checkpoint is of a dataset of {state_dict['rows']} rows, this one has "
-                f"{len(self)}."
-            )
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Changes whenever the rows do, for what is computed from them."""
-        return self._mutation_revision, len(self)
-
-    @property
-    def episode_ends(self) -> Tensor:
-        """The row number of the last row of each episode, ``[E]`` int64, in order."""
-        if self._episodes is None or self._episodes[0] != self.version:
-            if len(self) == 0:
-                self._set_episodes(torch.zeros(0, dtype=torch.int64, device=self.device))
-                return self.episode_ends
-            episode = self._column(self.traj_key).flatten()[: len(self)]
-            is_end = torch.ones_like(episode, dtype=torch.bool)
-            torch.ne(episode[1:], episode[:-1], out=is_end[:-1])
-            cursor = self._last_cursor_index
-            if cursor is not None and cursor < len(self):
-                is_end[cursor] = True  # in a full ring the row after it is the oldest one
-            self._set_episodes(is_end.nonzero().squeeze(-1))
-        return cast("tuple[Any, Tensor, Segments]", self._episodes)[1]
-
-    @property
-    def crossing_rows(self) -> CrossingRows:
-        """The rows that are transitions, numbered through."""
-        if self._crossing is None or self._crossing[0] != self.version:
-            self._crossing = self.version, CrossingRows(self.episode_ends, self.holds_next)
-        return self._crossing[1]
-
-    def _set_episodes(self, ends: Tensor) -> None:
-        self._episodes = self.version, ends, Segments(ends + 1)
-
-    def _last(self, row: Tensor) -> Tensor:
-        """The last states of the rows' episodes."""
-        ends = self.episode_ends
-        episodes = cast("tuple[Any, Tensor, Segments]", self._episodes)[2]
-        return ends[episodes.find(row)] + self.holds_next
-
-    @property
-    def holds_next(self) -> bool:
-        """Whether rows are transitions: the last state of an episode is then no row.
-
-        It counts as the row after its last one, of which only ``("next", "observation")`` is read.
-        """
-        if not self.initialized:
-            return False
-        return self._has(unravel_key(("next", self.observation_keys[0])))
-
     def _lines(self, start: Tensor) -> Tensor:
         """The lines of an index that has the starts alone."""
         chunk_size = cast("int", self.flat_chunk_size)
         if self.n_steps is not None:
             return window_lines(start, self._last(start), chunk_size, self.n_steps)
         return start.unsqueeze(-1) + torch.arange(chunk_size + 1, device=start.device)
-
-    def _column(self, key: NestedKey) -> Tensor:
-        column = self._storage.get(key, None)
-        if column is None:
-            keys = sorted(self._storage.keys(True, True), key=str)
-            raise KeyError(f"The rows have no entry {key!r}; they have {keys}.")
-        # a memory-mapped subclass would pay for its dispatch at every gather
-        return column.as_subclass(torch.Tensor)
-
-    def _has(self, key: NestedKey) -> bool:
-        return self._storage.get(key, None) is not None
 
     def _get_chunks(self, index: Tensor) -> TensorDict:
         chunk_size = index.shape[1] - 1 - len(self.goal_keys)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import unravel_key
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase, step_mdp
 from torchrl.envs.transforms import Transform
@@ -58,6 +58,7 @@ class ResumableEpisodes(Transform):
         self._input: TensorDictBase | None = None  # of the last step
         self._kept: Mapping[str, Any] = {}  # what a policy had left, until a reset takes it
         self._is_resuming = False
+        self._known: set[NestedKey] = set()  # what the environment writes and reads
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The episode's number and actions, and what the policy keeps from step to step."""
@@ -85,6 +86,9 @@ class ResumableEpisodes(Transform):
         if not self._is_resuming:
             self.episode += 1
             self._actions, self._input = [], None
+        specs = (env.full_observation_spec, env.full_done_spec, env.full_action_spec)
+        of_env = (key for spec in specs for key in spec.keys(True, True))
+        self._known = {"next", "is_init", "collector", *of_env}
         seed = np.random.SeedSequence([self.seed, self.episode]).generate_state(1)
         with torch.random.fork_rng([]):
             env.set_seed(int(seed[0]))
@@ -120,10 +124,7 @@ class ResumableEpisodes(Transform):
 
     def _of_policy(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         """The entries that the environment neither writes nor reads."""
-        env = self.container
-        specs = (env.full_observation_spec, env.full_done_spec, env.full_action_spec)
-        known = {"next", "is_init", *(key for spec in specs for key in spec.keys(True, True))}
-        own = TensorDict(tensordict.exclude(*known, "collector"))
+        own = TensorDict(tensordict.exclude(*self._known))
         return {
             "/".join(key) if isinstance(key, tuple) else key: value.clone()
             for key, value in own.items(True, True)

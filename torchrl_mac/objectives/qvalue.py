@@ -134,6 +134,7 @@ class QValueLossBase(LossModule):
             self.set_keys(state_action_value=ensemble.out_keys[0])
         else:
             self._vmap_qvalue = _vmap_func(self.qvalue_network, in_dims=(None, 0))
+        self.make_value_estimator()
 
     @property
     def _conditions(self) -> GoalKeys:

@@ -1,6 +1,7 @@
 """Training loops: updates, phases, hooks, evaluation and what a run leaves behind."""
 
 from torchrl_mac.trainers.checkpoint import SealedCheckpoint
+from torchrl_mac.trainers.collection import CollectionHook
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.early_stopping import EarlyStopping
 from torchrl_mac.trainers.evaluation import EpisodeEvaluator, Evaluation
@@ -17,6 +18,7 @@ from torchrl_mac.trainers.trainer import PhaseTrainer
 from torchrl_mac.trainers.update import LossUpdate, Precision, TargetOrder
 
 __all__ = [
+    "CollectionHook",
     "EarlyStopping",
     "EpisodeEvaluator",
     "Evaluation",

@@ -177,16 +177,18 @@ class CollectionHook(TrainerHook):
         policy = MultiStepActorWrapper(
             _Exploration(self), n_steps=chunk_size, action_keys=[self.actor.action_key]
         )
-        self._collector = Collector(
-            env,
-            policy,
-            frames_per_batch=1,
-            total_frames=-1,
-            policy_device=device,
-            env_device="cpu",
-            storing_device="cpu",
-            exploration_type=ExplorationType.RANDOM,
-        )
+        # a collector tries the policy out: the random numbers are those of before
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._collector = Collector(
+                env,
+                policy,
+                frames_per_batch=1,
+                total_frames=-1,
+                policy_device=device,
+                env_device="cpu",
+                storing_device="cpu",
+                exploration_type=ExplorationType.RANDOM,
+            )
         return self._collector.iterator()
 
     def _row(self, step: TensorDictBase) -> TensorDictBase:
