@@ -66,7 +66,9 @@ def test_it_goes_on_bit_equal(left_after):
     other = make_env()
     other.transform[1].load_state_dict(kept)
     torch.set_rng_state(rng)
-    found, _ = steps(other, make_policy(other), 15)
+    resumed = other.reset()
+    assert "action" not in resumed.keys() and bool(resumed["is_init"]) == (left_after % 9 == 0)
+    found, _ = steps(other, make_policy(other), 15, resumed)
     assert (found == expected).all()
     assert other.transform[1].episode == env.transform[1].episode == (left_after + 15) // 9
 

@@ -4,102 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from running import ONE_EPISODE, ROOT, TERMS, newest, run
 
 from torchrl_mac import load_policy
 from torchrl_mac.datasets import generate_dataset
 from torchrl_mac.evaluate import main as eval_main
-
-ROOT = Path(__file__).parents[2]
-TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
-TERMS += [f"loss_{term}" for term in ("termination", "value", "qvalue")]
-ONE_EPISODE = ["eval_episodes=1", "eval_num_envs=1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    generate_dataset(
-        "cube-single-play-v0",
-        folder,
-        episodes=3,
-        val_episodes=1,
-        steps=81,
-        workers=1,
-        progress=False,
-    )
-    return folder
-
-
-def run(data, output, *overrides, **kwargs):
-    with start(data, output, *overrides, **kwargs) as process:
-        out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def start(data, output, *overrides, example="mac", launcher=(), flags=()):
-    command = [sys.executable, *launcher, *arguments(data, output, overrides, example, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen(command, **pipes, env=env, cwd=data)
-
-
-def arguments(data, output, overrides, example="mac", flags=()):
-    parts = [
-        *(ROOT / f"examples/{example}.py", *flags),
-        *("preset=cpu", f"data_dir={data}"),
-        *(f"hydra.run.dir={output}", "num_threads=1", "chunk_size=10", "policy_cells=[16,16]"),
-        *(
-            "dynamics_cells=[16,16]",
-            "head_cells=[16]",
-            "value_cells=[16]",
-            "log_interval=5",
-        ),
-        *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
-        *overrides,
-    ]
-    return [str(part) for part in parts]
-
-
-@pytest.fixture
-def fork(processes, data, tmp_path):
-    """Starts an example like ``start``, in a process that has its libraries already."""
-
-    def fork(output, *overrides, example="mac", **env):
-        command, said = arguments(data, output, overrides, example), tmp_path / "said"
-        process = processes.Process(target=_main, args=(command, data, said, env))
-        process.start()
-        return process
-
-    def wait(*args, **kwargs):
-        """The exit code, and what was written to stdout and stderr."""
-        process = fork(*args, **kwargs)
-        process.join()
-        return process.exitcode, (tmp_path / "said").read_text()
-
-    fork.wait = wait
-    return fork
-
-
-def _main(command, folder, said, env):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(env, WANDB_SILENT="true")
-    os.chdir(folder)
-    said = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.mark.slow
@@ -170,10 +85,6 @@ def test_a_run_that_is_interrupted_goes_on(data, tmp_path, fork):
     assert first["updates"] == again["updates"] == 620
     ids = {path.name.split("-")[-1] for path in (parts / "wandb").glob("offline-run-*")}
     assert ids == {json.loads((parts / "run.json").read_text())["id"]}
-
-
-def newest(folder, of=""):
-    return max(folder.glob(f"checkpoints/{of}checkpoint-*"), default=None)
 
 
 @pytest.mark.slow

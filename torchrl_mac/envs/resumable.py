@@ -100,7 +100,7 @@ class ResumableEpisodes(Transform):
         if not self._is_resuming:
             return tensordict_reset
         self._is_resuming = False
-        env, state = self._base, tensordict_reset
+        env, state = self._base, tensordict_reset.copy()
         for action in self._actions:
             state = step_mdp(env.step(state.set(env.action_key, action)), exclude_action=True)
         tensordict_reset.update(state)
