@@ -45,7 +45,9 @@ def make_buffer(cfg: DictConfig, run: Experiment, split: str) -> OGBenchExperien
         split,
         chunk_size=cfg.chunk_size,
         n_steps=cfg.n_steps,
+        cross_episodes=cfg.cross_episodes,
         gamma=cfg.gamma,
+        sparse_rewards=cfg.sparse_rewards,
     )
 
 
@@ -84,7 +86,7 @@ def make_losses(
 @hydra.main(config_path="../configs/qc", config_name="qc", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates and reports; the same command goes on where it was interrupted."""
-    with Experiment(cfg, fixed=["n_steps"]) as run:
+    with Experiment(cfg, fixed=["n_steps", "sparse_rewards", "normalize"]) as run:
         train, validation = (make_buffer(cfg, run, split) for split in ("train", "val"))
         losses, actor = make_losses(cfg, run, train)
         run.train(

@@ -45,7 +45,9 @@ def make_buffer(cfg: DictConfig, run: Experiment, split: str) -> OGBenchExperien
         split,
         chunk_size=cfg.chunk_size,
         n_steps=cfg.n_steps,
+        cross_episodes=cfg.cross_episodes,
         gamma=cfg.gamma,
+        sparse_rewards=cfg.sparse_rewards,
     )
 
 
@@ -77,7 +79,7 @@ def make_losses(
 @hydra.main(config_path="../configs/rlpd", config_name="rlpd", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates and reports; the same command goes on where it was interrupted."""
-    with Experiment(cfg, fixed=["n_steps"]) as run:
+    with Experiment(cfg, fixed=["n_steps", "sparse_rewards", "normalize"]) as run:
         train = make_buffer(cfg, run, "train")
         losses, actor = make_losses(cfg, run, train)
         run.train(

@@ -12,23 +12,42 @@ from omegaconf import OmegaConf
 from torchrl._utils import logger as torchrl_logger
 
 from torchrl_mac.trainers import experiment
+from torchrl_mac.trainers.online import online_phases
 from torchrl_mac.trainers.settings import _RULES, check_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+SCRIPTS = {"mac": "mac", "mac_multitask": "mac", "qc": "qc", "qc_fql": "qc_fql", "rlpd": "rlpd"}
+PRESETS = [
+    (script, path.stem)
+    for script, method in SCRIPTS.items()
+    for path in sorted((CONFIGS / method / "preset").glob("*.yaml"))
+]
+
+
 def settings_of(*overrides, script="mac"):
-    with initialize_config_dir(str(CONFIGS / "mac"), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS / SCRIPTS[script]), version_base="1.3"):
         cfg = compose(script, overrides=list(overrides))
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu_goal", "paper"])
-def test_presets_are_valid(preset):
-    settings = settings_of(f"preset={preset}")
+@pytest.mark.parametrize(("script", "preset"), PRESETS)
+def test_presets_are_valid(script, preset):
+    settings = settings_of(f"preset={preset}", script=script)
     check_settings(settings)
-    assert set(settings) & set(_RULES) >= set(_RULES) - {"task_batch_scale"}
-    check_settings(settings_of(f"preset={preset}", script="mac_multitask"))
+    for path in sorted((CONFIGS / SCRIPTS[script] / "task").glob("*.yaml")):
+        check_settings(settings_of(f"preset={preset}", f"task={path.stem}", script=script))
+    if script != "mac_multitask":
+        online = online_phases({**settings, "online": {**settings["online"], "frames": 20_000}})
+        assert sum(online.frames.values()) == 20_000
+
+
+def test_every_rule_is_of_a_setting():
+    settings = [settings_of(script=script) for script in SCRIPTS]
+    assert set(_RULES) == {key for of in settings for key in of} & set(_RULES)
+    of_run = ("seed", "precision", "eval_seed", "log_interval", "resume")
+    assert all(key in of for of in settings for key in of_run)
 
 
 @pytest.mark.parametrize(

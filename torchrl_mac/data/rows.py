@@ -122,7 +122,14 @@ class EpisodeStorage(LazyTensorStorage):
         """
         if not self.initialized:
             return False
-        return self._has(unravel_key(("next", self.observation_keys[0])))
+        following = {key: unravel_key(("next", key)) for key in self.observation_keys}
+        missing = [key for key in following.values() if not self._has(key)]
+        if missing and len(missing) < len(following):
+            raise KeyError(
+                f"The rows have no entry {missing[0]!r}, but the next of other observations: store "
+                "either all of them, or none and the last state as a row."
+            )
+        return not missing
 
     def _column(self, key: NestedKey) -> Tensor:
         column = self._storage.get(key, None)

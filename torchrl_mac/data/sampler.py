@@ -198,7 +198,9 @@ class ActionChunkSampler(Sampler):
         start = storage.crossing_rows.row(number)
         if self.flat_index:
             return start
-        return storage.crossing_rows.window(start, self.chunk_size + 1)
+        row = storage.crossing_rows.window(start, self._span)
+        n_steps = self.chunk_size if self.n_steps is None else self.n_steps
+        return torch.cat([row[:, : self.chunk_size], row[:, n_steps - 1 : n_steps] + 1], 1)
 
     def num_starts(self, storage: ActionChunkStorage) -> int:
         """The number of valid starts in ``storage``."""
@@ -316,7 +318,8 @@ class ActionChunkSampler(Sampler):
 
     def __repr__(self) -> str:
         n_steps = "" if self.n_steps is None else f", n_steps={self.n_steps}"
-        return f"{type(self).__name__}(chunk_size={self.chunk_size}{n_steps})"
+        crossing = ", cross_episodes=True" if self.cross_episodes else ""
+        return f"{type(self).__name__}(chunk_size={self.chunk_size}{n_steps}{crossing})"
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -266,8 +266,8 @@ class ActionChunkStorage(EpisodeStorage):
         following = TensorDict(batch_size=start.shape, device=device)
         window = None
         if self.cross_episodes:
-            window, action, row = self._crossing_window(start, chunk_size)
-            last, end = self._last(row), row + 1
+            window, action, row, is_last = self._crossing_window(start, chunk_size)
+            end = row + 1
             following.set("whole", window.whole)
         elif self.n_steps is None:
             action = _windows(self._column(self.action_key), start, chunk_size)
@@ -298,7 +298,8 @@ class ActionChunkStorage(EpisodeStorage):
             chunks.set(key, self._column(self.goal_source).index_select(0, row))
         if reward is not None:
             following.set(self.reward_key, reward)
-        is_last = (last == end).unsqueeze(-1)
+        if not self.cross_episodes:
+            is_last = (last == end).unsqueeze(-1)
         if terminated is None or self.ignore_terminated:
             terminated = torch.zeros_like(is_last)
         following.set("terminated", terminated)
@@ -317,16 +318,17 @@ class ActionChunkStorage(EpisodeStorage):
         action = self._column(self.action_key).index_select(0, row.flatten())
         return action.unflatten(0, row.shape)
 
-    def _crossing_window(self, start: Tensor, chunk_size: int) -> tuple[Window, Tensor, Tensor]:
-        """Windows regardless of episodes, their actions, and the rows of their last step."""
+    def _crossing_window(
+        self, start: Tensor, chunk_size: int
+    ) -> tuple[Window, Tensor, Tensor, Tensor]:
+        """Windows regardless of episodes, their actions; the rows of the last steps, and ends."""
         n_steps = chunk_size if self.n_steps is None else self.n_steps
         row = self.crossing_rows.window(start, max(chunk_size, n_steps))
         if self.end_key is None:
-            episode = self._column(self.traj_key).flatten()[row.flatten()].reshape(row.shape)
-            ends = torch.zeros_like(row, dtype=torch.bool)
-            torch.ne(episode[:, 1:], episode[:, :-1], out=ends[:, :-1])
+            ends = self._last(row) == row + 1
         else:
             ends = self._column(self.end_key).flatten()[row.flatten()].reshape(row.shape)
+            ends = ends | (row == len(self) - 1)  # nothing is known to follow
         inside = episode_is_the_first(ends)
         counted = row[:, :n_steps]
         reward = terminated = None
@@ -344,7 +346,8 @@ class ActionChunkStorage(EpisodeStorage):
             terminated,
             inside[:, n_steps - 1 : n_steps],
         )
-        return window, self._actions(row[:, :chunk_size]), row[:, n_steps - 1]
+        last = slice(n_steps - 1, n_steps)
+        return window, self._actions(row[:, :chunk_size]), row[:, n_steps - 1], ends[:, last]
 
     def _rewards(self, row: Tensor) -> Tensor:
         """The rewards of rows ``[N]``."""

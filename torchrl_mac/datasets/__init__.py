@@ -10,6 +10,7 @@ What is here, and why no library does it:
 - ``sources``: OGBench's npz files, read in blocks and checked; NumPy loads whole arrays.
 - ``trajectories``: one's own files in the layouts of D4RL and Minari; TorchRL's datasets of these
   names open only what a hub has.
+- ``robomimic``: robomimic's demonstrations, as the Q-chunking paper reads them.
 - ``columns``, ``conversion``: many files into one memory map, resumable, in bounded memory and
   without a copy of next observations, which TorchRL's datasets store.
 - ``labels``: OGBench's rewards and goal representations as columns beside the rows.
@@ -28,7 +29,11 @@ from torchrl_mac.datasets.generate import generate_dataset
 from torchrl_mac.datasets.names import NUM_TASKS, OGBenchName
 
 if TYPE_CHECKING:
-    from torchrl_mac.datasets.converted import OGBenchDataset, TrajectoryDataset
+    from torchrl_mac.datasets.converted import (
+        OGBenchDataset,
+        RobomimicDataset,
+        TrajectoryDataset,
+    )
     from torchrl_mac.datasets.download import download_dataset
     from torchrl_mac.datasets.statistics import ObservationStatistics
     from torchrl_mac.datasets.verify import verify_conversion, verify_files
@@ -38,6 +43,7 @@ __all__ = [
     "OGBenchDataset",
     "OGBenchName",
     "ObservationStatistics",
+    "RobomimicDataset",
     "TrajectoryDataset",
     "download_dataset",
     "generate_dataset",
@@ -48,6 +54,7 @@ __all__ = [
 _WITH_TORCH = {
     "OGBenchDataset": "converted",
     "ObservationStatistics": "statistics",
+    "RobomimicDataset": "converted",
     "TrajectoryDataset": "converted",
     "download_dataset": "download",
     "verify_conversion": "verify",

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -29,6 +29,7 @@ from torchrl_mac.datasets.manifest import (
     load_split,
 )
 from torchrl_mac.datasets.names import OGBenchName
+from torchrl_mac.datasets.robomimic import LOW_DIM_KEYS, RobomimicSource, is_robomimic
 from torchrl_mac.datasets.sources import (
     OGBenchSource,
     Source,
@@ -41,7 +42,7 @@ from torchrl_mac.datasets.tables import load_statistics
 from torchrl_mac.datasets.trajectories import TrajectorySource
 from torchrl_mac.utils.workers import number_of_workers
 
-__all__ = ["ConvertedDataset", "OGBenchDataset", "TrajectoryDataset"]
+__all__ = ["ConvertedDataset", "OGBenchDataset", "RobomimicDataset", "TrajectoryDataset"]
 
 _OGBENCH_FOLDER = Path("~/.ogbench/data")  # where ogbench.download_datasets puts files
 
@@ -121,8 +122,12 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
         """The training files in a source."""
 
     @abc.abstractmethod
-    def _open(self, path: Path) -> FileType:
-        """A file."""
+    def _open(self, path: Path, split: str) -> FileType:
+        """A file of a split."""
+
+    def _validation_file(self, path: Path) -> Path:
+        """The file that holds the validation split of a training file."""
+        return validation_file(path)
 
     def _describe(self) -> dict[str, Any]:
         """What the manifest says of the dataset beside its name."""
@@ -182,13 +187,13 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
     def _refuse_other_widths(self, train: Sequence[Path] = ()) -> None:
         """Compares the splits: one may be converted and the other be a file yet."""
         known: dict[Path, tuple[int, ...]] = {}
-        for split, paths in (("train", train), ("val", map(validation_file, train))):
+        for split, paths in (("train", train), ("val", map(self._validation_file, train))):
             folder, files = self.path_root / split, [path for path in paths if path.is_file()]
             if is_complete(folder):
                 about = load_split(folder)
                 known[folder] = about["observation_dim"], about["action_dim"]
             elif files:
-                shapes = self._open(files[0]).shapes
+                shapes = self._open(files[0], split).shapes
                 known[files[0]] = shapes["observation"] + shapes["action"]
         if len(set(known.values())) > 1:
             found = " but ".join(f"{path} has {widths}" for path, widths in known.items())
@@ -199,7 +204,7 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
 
     def _convert(self, split: str, train: Sequence[Path]) -> None:
         """Converts what is missing of a split; only :attr:`split` must have a source then."""
-        paths = [validation_file(path) for path in train] if split == "val" else list(train)
+        paths = list(map(self._validation_file, train)) if split == "val" else list(train)
         missing = [path for path in paths if not path.is_file()]
         if split == "val" and self.split == "train":
             paths, missing = [path for path in paths if path.is_file()], []
@@ -213,7 +218,7 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
                 f"{self.dataset_id!r} ({split}) is not yet converted in {self.root} and {where}. "
                 f"{self._remedy}"
             )
-        sources, folder = [self._open(path) for path in paths], self.path_root / split
+        sources, folder = [self._open(path, split) for path in paths], self.path_root / split
         if is_complete(folder):
             found = [shard["identity"] for shard in load_split(folder)["shards"]]
             if found != [source.identity for source in sources]:
@@ -230,7 +235,7 @@ class ConvertedDataset(abc.ABC, Generic[FileType]):
 
 
 class TrajectoryDataset(ConvertedDataset[TrajectorySource]):
-    """A dataset of one's own, from files of :class:`TrajectorySource`.
+    """A dataset of one's own, from files of :class:`TrajectorySource` or robomimic's.
 
     Args:
         dataset_id (str): a name for the dataset: letters, digits, ``.``, ``_`` and ``-``.
@@ -270,8 +275,64 @@ class TrajectoryDataset(ConvertedDataset[TrajectorySource]):
         files = [path for part in source for path in TrajectorySource.find(part)]
         return [path for path in files if not path.stem.endswith("-val")]
 
-    def _open(self, path: Path) -> TrajectorySource:
-        return TrajectorySource(path)
+    _masks = True  # whether robomimic's files are divided by their own lists
+    _observations: Sequence[str] = LOW_DIM_KEYS
+
+    def _open(self, path: Path, split: str) -> TrajectorySource:
+        if not is_robomimic(path):
+            return TrajectorySource(path)
+        whole = not self._masks or path.stem.endswith("-val")
+        part = None if whole else cast("Literal['train', 'val']", split)
+        return RobomimicSource(path, split=part, observations=self._observations)
+
+    def _validation_file(self, path: Path) -> Path:
+        return path if self._masks and is_robomimic(path, "valid") else validation_file(path)
+
+
+class RobomimicDataset(TrajectoryDataset):
+    """Demonstrations of :class:`~torchrl_mac.datasets.robomimic.RobomimicSource`, with a choice.
+
+    Args:
+        dataset_id (str): a name for the dataset, see :class:`TrajectoryDataset`, which opens such
+            files as well, with these defaults.
+
+    Keyword Args:
+        observations (sequence of str, optional): the arrays that are put one after another to be
+            the state. Defaults to :data:`~torchrl_mac.datasets.robomimic.LOW_DIM_KEYS`.
+        masks (bool, optional): whether the file's lists ``mask/train`` and ``mask/valid`` make the
+            splits. Without them, or with ``False``, all demonstrations are for training, and a
+            file ``{stem}-val{suffix}`` is for validation. Defaults to ``True``.
+        **kwargs: see :class:`ConvertedDataset`.
+
+    Examples:
+        >>> import h5py, tempfile, numpy as np
+        >>> from torchrl_mac.datasets import RobomimicDataset
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with h5py.File(f"{folder.name}/low_dim_v15.hdf5", "w") as file:
+        ...     demo = file.create_group("data/demo_0")
+        ...     demo["actions"], demo["rewards"] = np.zeros((4, 7)), np.array([0, 0, 0, 1.0])
+        ...     demo["dones"], demo["obs/object"] = np.array([0, 0, 0, 1]), np.zeros((4, 10))
+        >>> dataset = RobomimicDataset(
+        ...     "lift-mh",
+        ...     root=folder.name,
+        ...     source=f"{folder.name}/low_dim_v15.hdf5",
+        ...     observations=["object"],
+        ... )
+        >>> len(dataset), dataset.load()["observation"].shape
+        (5, torch.Size([5, 10]))
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        dataset_id: str,
+        *,
+        observations: Sequence[str] = LOW_DIM_KEYS,
+        masks: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._observations, self._masks = observations, masks
+        super().__init__(dataset_id, **kwargs)
 
 
 class OGBenchDataset(ConvertedDataset[OGBenchSource]):
@@ -354,7 +415,7 @@ class OGBenchDataset(ConvertedDataset[OGBenchSource]):
     def _find(self, source: Sequence[Path]) -> list[Path]:
         return find_shards(source, self.name.dataset)
 
-    def _open(self, path: Path) -> OGBenchSource:
+    def _open(self, path: Path, split: str) -> OGBenchSource:
         return OGBenchSource(path)
 
     def _describe(self) -> dict[str, Any]:

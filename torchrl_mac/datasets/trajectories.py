@@ -1,4 +1,4 @@
-"""Datasets in the layouts of D4RL, Minari and robomimic: with rewards and ends of their own."""
+"""Datasets in the layouts of D4RL and Minari: rewards and terminations of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from torchrl_mac.datasets.sources import BLOCK_ROWS, NpzFile, Source
 from torchrl_mac.utils.files import sha256
 
-__all__ = ["TrajectorySource"]
+__all__ = ["TrajectorySource", "has_h5py"]
 
 _has_h5py = importlib.util.find_spec("h5py") is not None
 _SUFFIXES = (".npz", ".hdf5", ".h5")
@@ -31,17 +31,11 @@ class TrajectorySource(Source):
     - Minari's layout, HDF5: groups ``episode_0``, ``episode_1``, ... with one more of
       ``observations`` than of ``actions``, ``rewards``, ``terminations`` and ``truncations``. Of
       dictionary observations, the entry ``observation`` is taken.
-    - robomimic's layout, HDF5: groups ``data/demo_0``, ``data/demo_1``, ... with ``obs`` (a group),
-      ``actions``, ``rewards``, ``dones`` and, if there is one, ``next_obs``. The observation is
-      what its low-dimensional policies see: position and quaternion of the end effector, position
-      of the gripper, and the object. Rewards, there 1 for success and else 0, are one less here, as
-      in Q-chunking (https://arxiv.org/abs/2507.07969). Its lists of demonstrations (``mask``) are
-      not read.
 
     The state after an episode's last action becomes a row, too, with action 0. Where D4RL does
-    not tell that state (or robomimic) it is left out, and the last action with it; but for an
-    episode that terminates, the state before stands in for it: its value is never asked for. An
-    episode of Minari's may go on after terminations: they are those of their rows.
+    not tell that state it is left out, and the last action with it; but for an episode that
+    terminates, the state before stands in for it: its value is never asked for. An episode of
+    Minari's may go on after terminations: they are those of their rows.
 
     Args:
         path (Path): the file.
@@ -126,17 +120,23 @@ class TrajectorySource(Source):
             return self._flat(
                 lambda key: file.read(key, _KINDS[key], 2 if key in _WIDE else 1), file.checksums
             )
-        if not _has_h5py:
+
+        def read(file: Any) -> Columns:
+            if any(key.startswith("episode_") for key in file):
+                return self._minari(file)
+            return self._flat(lambda key: self._array(file, key), file)
+
+        return self._hdf5(read)
+
+    def _hdf5(self, read: Callable[[Any], Columns]) -> Columns:
+        """What is read from the open file."""
+        if not has_h5py():
             raise ImportError(f"{self.path} is an HDF5 file: pip install h5py to read it.")
         import h5py
 
         try:
             with h5py.File(self.path) as file:
-                if any(key.startswith("episode_") for key in file):
-                    return self._grouped(file, "episode_", self._episode)
-                if any(key.startswith("demo_") for key in file.get("data", ())):
-                    return self._grouped(file["data"], "demo_", self._demonstration)
-                return self._flat(lambda key: self._array(file, key), file)
+                return read(file)
         except (OSError, RuntimeError, KeyError) as err:  # what HDF5 raises if it is damaged
             raise ValueError(
                 f"{self.path} cannot be read as HDF5 ({err}); download it again."
@@ -170,7 +170,7 @@ class TrajectorySource(Source):
         """D4RL's layout: one array per key."""
         self._demand("observations" in keys and "actions" in keys, keys)
         self._demand("terminals" in keys or "timeouts" in keys, keys)
-        arrays = {key: read(key) for key in _OF_D4RL if key in keys}
+        arrays = {key: read(key) for key in _KINDS if key in keys and key not in _OF_MINARI}
         lengths = {key: len(array) for key, array in arrays.items()}
         rows = lengths["observations"]
         if len(set(lengths.values())) > 1 or rows == 0:
@@ -206,16 +206,18 @@ class TrajectorySource(Source):
             columns["reward"] = np.expand_dims(self._floats(extended(arrays["rewards"], 0)), -1)
         return columns
 
-    def _grouped(self, file: Any, prefix: str, read: Callable[[Any, str], Columns]) -> Columns:
-        """Minari's and robomimic's layout: one group per episode."""
-        numbers = {name: name.removeprefix(prefix) for name in file if name.startswith(prefix)}
+    def _minari(self, file: Any) -> Columns:
+        """Minari's layout: one group per episode."""
+        numbers = {
+            name: name.removeprefix("episode_") for name in file if name.startswith("episode_")
+        }
         for name, number in numbers.items():
             if not number.isdecimal() or not hasattr(file.get(name), "keys"):
-                raise ValueError(f"{self.path}: {name!r} is not an episode, '{prefix}0' and so on.")
+                raise ValueError(f"{self.path}: {name!r} is not an episode, 'episode_0' and so on.")
         parts: dict[str, list[np.ndarray]] = {}
         first = ""
         for name in sorted(numbers, key=lambda name: int(numbers[name])):
-            episode = read(file[name], name)
+            episode = self._episode(file[name], name)
             first = first or name
             kinds = [
                 {key: array.shape[1:] for key, array in columns.items()}
@@ -275,70 +277,25 @@ class TrajectorySource(Source):
             columns["reward"] = np.expand_dims(self._floats(np.pad(arrays["rewards"], (0, 1))), -1)
         return columns
 
-    def _demonstration(self, group: Any, name: str) -> Columns:
-        for key in ("obs", "actions", "dones"):
-            if key not in group:
-                raise ValueError(
-                    f"{self.path}: 'data/{name}' has {sorted(group)}; a demonstration has 'obs', "
-                    "'actions' and 'dones'."
-                )
-        states = self._low_dimensional(group["obs"])
-        actions = self._array(group, "actions")
-        done = self._flags(self._array(group, "dones"), f"data/{name}/dones")
-        arrays = {"obs": states, "actions": actions, "dones": done}
-        if "rewards" in group:
-            arrays["rewards"] = self._array(group, "rewards")
-        if "next_obs" in group:
-            arrays["next_obs"] = self._low_dimensional(group["next_obs"])
-        lengths = {key: len(array) for key, array in arrays.items()}
-        if len(set(lengths.values())) > 1 or not len(states):
-            raise ValueError(
-                f"{self.path}: 'data/{name}' has arrays of {lengths} rows; they must be equal."
-            )
-        final = arrays.get("next_obs", states)[-1:]
-        rows = len(states) + int("next_obs" in arrays or done[-1])
-
-        def extended(array: np.ndarray, extra: np.ndarray) -> np.ndarray:
-            return np.concatenate([array, extra])[:rows]
-
-        columns: Columns = {
-            "observation": extended(states, final),
-            "action": self._floats(extended(actions, np.zeros_like(actions[:1]))),
-            "terminated": np.expand_dims(extended(done, done[-1:]), -1),
-            "end": np.arange(rows) == rows - 1,
-        }
-        if "rewards" in arrays:
-            reward = self._floats(arrays["rewards"]) - 1
-            columns["reward"] = np.expand_dims(extended(reward, np.zeros_like(reward[:1])), -1)
-        return columns
-
-    def _low_dimensional(self, group: Any) -> np.ndarray:
-        """What robomimic's low-dimensional policies observe, side by side."""
-        missing = [key for key in _ROBOMIMIC if key not in group]
-        if missing:
-            raise ValueError(
-                f"{self.path}: {group.name.strip('/')!r} lacks {missing}; low-dimensional "
-                f"observations have {list(_ROBOMIMIC)}."
-            )
-        parts = [self._array(group, key, "observations") for key in _ROBOMIMIC]
-        return self._floats(np.concatenate(parts, 1))
-
     def _demand(self, condition: bool, keys: Any) -> None:
         if not condition:
             where = getattr(keys, "name", "/").strip("/")
             raise ValueError(
                 f"{self.path}{f': {where!r}' if where else ''} has {sorted(keys)}; needed are "
-                "'observations', 'actions' and 'terminals' or 'timeouts' (D4RL), or 'episode_0', "
-                "... with these (Minari), or 'data/demo_0', ... (robomimic)."
+                "'observations', 'actions' and 'terminals' or 'timeouts' (D4RL), or Minari's "
+                "'episode_0', ... with these."
             )
 
 
+def has_h5py() -> bool:
+    """Whether HDF5 files can be read."""
+    return _has_h5py
+
+
 _WIDE = ("observations", "actions", "next_observations")
-_OF_D4RL = (*_WIDE, "rewards", "terminals", "timeouts")
 _OF_MINARI = ("terminations", "truncations")
-_ROBOMIMIC = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 _KINDS = {
     **dict.fromkeys((*_WIDE, "rewards"), "fiu"),
-    **dict.fromkeys(("terminals", "timeouts", "dones", *_OF_MINARI), "biuf"),
+    **dict.fromkeys(("terminals", "timeouts", *_OF_MINARI), "biuf"),
 }
 """The NumPy kinds that arrays may have."""

@@ -118,7 +118,7 @@ class Experiment(contextlib.AbstractContextManager):
         transforms: Sequence[Transform] = (),
         **kwargs: Any,
     ) -> OGBenchExperienceReplay:
-        """A split of the dataset as a replay buffer with normalised observations and goals.
+        """A split of the dataset as a replay buffer, normalised as the setting ``normalize`` says.
 
         Args:
             split (str): ``"train"`` or ``"val"``.
@@ -140,9 +140,10 @@ class Experiment(contextlib.AbstractContextManager):
             generator=torch.Generator().manual_seed(cfg.seed + 2**32 * self.rank),
             **kwargs,
         )
-        buffer.append_transform(buffer.observation_norm())
-        if self.is_goal_conditioned:
-            buffer.append_transform(buffer.goal_norm())
+        if kind := self._normalize:
+            buffer.append_transform(buffer.observation_norm(kind))
+            if self.is_goal_conditioned:
+                buffer.append_transform(buffer.goal_norm(kind))
         for transform in (*transforms, DeviceCastTransform(self.device)):
             buffer.append_transform(transform)
         return buffer
@@ -153,10 +154,17 @@ class Experiment(contextlib.AbstractContextManager):
 
     def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
         """What makes an actor of normalised observations, and goals, one of the simulator's."""
-        norms = [buffer.observation_norm(in_keys=["observation"])]
-        if self.is_goal_conditioned:
-            norms.append(buffer.goal_norm(in_keys=["goal"]))
+        norms, kind = [], self._normalize
+        if kind:
+            norms.append(buffer.observation_norm(kind, ["observation"]))
+            if self.is_goal_conditioned:
+                norms.append(buffer.goal_norm(kind, ["goal"]))
         return Compose(*norms).to(self.device)
+
+    @property
+    def _normalize(self) -> Any:
+        """How observations are normalised, if they are."""
+        return self.settings.get("normalize", "min_max")
 
     @cached_property
     def folder(self) -> RunFolder:
