@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+
+from torchrl_mac.datasets.robomimic import LOW_DIM_KEYS
 
 README = Path(__file__).parents[1] / "README.md"
 DATASETS = README.parent / "docs" / "datasets.md"
 COMPOSITION = README.parent / "docs" / "composition.md"
+ONLINE = README.parent / "docs" / "online.md"
 
 
 def python_blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
-def test_readme(tmp_path, monkeypatch):
+def write_cube(tmp_path):
     (tmp_path / "data").mkdir()
     generator = np.random.default_rng(0)
     for split in ("", "-val"):
@@ -29,6 +33,10 @@ def test_readme(tmp_path, monkeypatch):
             qvel=generator.normal(size=(120, 20)).astype(np.float32),
             terminals=np.arange(120) % 40 == 39,
         )
+
+
+def test_readme(tmp_path, monkeypatch):
+    write_cube(tmp_path)
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(README)
     assert len(blocks) == 6
@@ -53,10 +61,28 @@ def write_robot(folder):
 def test_own_data(tmp_path, monkeypatch):
     write_robot(tmp_path)
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks(DATASETS)
+    own, robomimic = python_blocks(DATASETS)
     names: dict = {}
-    exec(compile(block, str(DATASETS), "exec"), names)
+    exec(compile(own, str(DATASETS), "exec"), names)
     assert names["batch"]["action"].shape == (256, 10, 2)
+    with h5py.File("low_dim_v15.hdf5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["actions"], demo["rewards"] = np.zeros((8, 7)), np.arange(8) // 7.0
+        demo["dones"] = np.arange(8) == 7
+        for key, width in zip(LOW_DIM_KEYS, (3, 4, 2, 14), strict=True):
+            demo[f"obs/{key}"] = np.random.rand(8, width)
+    exec(compile(robomimic, str(DATASETS), "exec"), names)
+    assert names["buffer"].sample()["observation"].shape == (256, 23)
+
+
+def test_online(tmp_path, monkeypatch):
+    write_cube(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(ONLINE)
+    names: dict = {}
+    exec(compile(block, str(ONLINE), "exec"), names)
+    assert names["trainer"].updates == 10
+    assert len(names["online"]) == 20
 
 
 def test_composition(tmp_path, monkeypatch):

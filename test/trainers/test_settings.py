@@ -36,11 +36,15 @@ def settings_of(*overrides, script="mac"):
 def test_presets_are_valid(script, preset):
     settings = settings_of(f"preset={preset}", script=script)
     check_settings(settings)
-    for path in sorted((CONFIGS / SCRIPTS[script] / "task").glob("*.yaml")):
-        check_settings(settings_of(f"preset={preset}", f"task={path.stem}", script=script))
     if script != "mac_multitask":
         online = online_phases({**settings, "online": {**settings["online"], "frames": 20_000}})
         assert sum(online.frames.values()) == 20_000
+
+
+@pytest.mark.parametrize("method", ["mac", "qc", "qc_fql", "rlpd"])
+def test_tasks_are_valid(method):
+    for path in sorted((CONFIGS / method / "task").glob("*.yaml")):
+        check_settings(settings_of(f"task={path.stem}", script=method))
 
 
 def test_every_rule_is_of_a_setting():
