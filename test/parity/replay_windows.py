@@ -64,11 +64,10 @@ def windows(storage: ActionChunkStorage, starts: np.ndarray, chunk_size: int) ->
 
 def column_of(transitions: dict[str, Any], stored: dict[str, Any]) -> str:
     """Which rewards stored windows are made of, dense or sparse."""
-    return next(
-        name
-        for name in ("rewards", "rewards_dense")
-        if np.allclose(stored["rewards"][:, 0], transitions[name][stored["start_idxs"]])
-    )
+    for name in ("rewards", "rewards_dense"):
+        if np.allclose(stored["rewards"][:, 0], transitions[name][stored["start_idxs"]]):
+            return name
+    raise SystemExit("The windows' rewards are neither the transitions' dense nor sparse ones.")
 
 
 def gamma_of(windows: dict[str, Any], rewards: np.ndarray) -> float:

@@ -73,11 +73,14 @@ def test_replay_notices_a_difference(tmp_path, capsys, key, kind):
 def test_replay_agrees_with_q_chunking(capsys):
     assert replay.main([str(ASSETS / "qc.npz")]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"fixture", "qcfql", "fqln", "bfnn", "qcrlpd"}
+    assert set(report) == {"fixture", "qcfql", "fqln", "bfnn", "qcrlpd", "data"}
     for case in ("qcfql", "fqln", "bfnn", "qcrlpd"):
         assert set(report[case]["largest_relative_error"]) == {
-            *("loss", "gradient", "parameter", "target", "action")
+            *("window", "loss", "gradient", "parameter", "target", "action")
         }
+    windows = report["data"]["all"]["window"]
+    assert {"sequence_h5/valid", "replay/after22/valid"} <= set(windows)
+    assert set(report["data"]["largest_relative_error"]) == {"window", "reward", "ring"}
     modules = {key.split("/")[0] for key in report["qcfql"]["all"]["parameter"]}
     assert modules == {"actor_bc_flow", "actor_onestep_flow", "critic"}
 
@@ -86,7 +89,13 @@ def test_replay_agrees_with_q_chunking(capsys):
     ("key", "kind"),
     [
         ("qcfql__step0__official__critic__critic_loss", "loss"),
-        ("qcfql__step2__batch__valid", "gradient"),
+        ("qcfql__step2__batch__valid", "window"),
+        ("qcfql__step0__noise__flow_x0", "gradient"),
+        ("data__sequence_h5__rewards", "reward"),
+        ("data__sequence_h5__masks", "window"),
+        ("data__sequence_h5__next_observations", "window"),
+        ("data__replay__after22__valid", "window"),
+        ("data__replay__pointer_trace", "ring"),
         ("bfnn__step0__noise__next_noise", "action"),
         ("bfnn__eval_batch__official_action", "action"),
         ("qcrlpd__step0__grad__alpha__log_temp", "gradient"),
@@ -96,7 +105,7 @@ def test_replay_agrees_with_q_chunking(capsys):
     ],
 )
 def test_replay_of_q_chunking_notices_a_difference(tmp_path, capsys, key, kind):
-    factor = 0.0 if key.endswith("valid") else 1.01
+    factor = 0 if key.endswith(("valid", "masks", "trace")) else 1.01
     assert replay.main([str(tampered(tmp_path, ASSETS / "qc.npz", **{key: factor}))]) == 1
     errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
     failed = [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
