@@ -257,6 +257,17 @@ def test_normalised_q():
     torch.testing.assert_close(loss, (7.0 * parts["distillation_loss"] + expected).mean())
 
 
+@pytest.mark.parametrize("make", LOSSES)
+def test_targets_in_reduced_precision_are_near(make):
+    loss, td = make(), batch()
+    exact = loss.target(td)
+    loss.sampling_dtype = torch.bfloat16
+    reduced = loss.target(td)
+    assert reduced.dtype == torch.float32
+    assert not torch.equal(reduced, exact)
+    torch.testing.assert_close(reduced, exact, rtol=0.05, atol=0.2)
+
+
 def test_a_flow_without_a_student():
     td, flow = batch(), flow_policy()
     loss, both = FlowBCLoss(flow), FlowBCLoss(flow, onestep_policy())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl_mac.modules import FlowMatchingPolicy, OneStepPolicy
 from torchrl_mac.objectives.common import (
     GoalKeys,
+    autocast_to,
     condition_and_action,
     flow_matching_error,
     given_or_drawn,
@@ -53,7 +54,7 @@ class FQLLoss(QValueLossBase):
         normalize_q_loss (bool, optional): whether the critics' part of the actor's term is divided
             by the mean size of Q. Defaults to ``False``.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
-            ``q_aggregation``, ``chunk_size`` and ``reduction``.
+            ``q_aggregation``, ``chunk_size``, ``sampling_dtype`` and ``reduction``.
 
     The input is that of :class:`~torchrl_mac.objectives.ChunkedQValueLoss`. Noise
     (``"flow_noise"``, ``"actor_noise"`` and ``"next_noise"`` ``[*, D]``, ``"flow_time"``
@@ -171,7 +172,11 @@ class FQLLoss(QValueLossBase):
         keys, goals = self.tensor_keys, self._actor_conditions
         condition, taken = self._condition_and_action(tensordict, self.flow_policy)
         noise = given_or_drawn(tensordict, keys.actor_noise, taken)
-        with torch.no_grad(), self.flow_policy_params.to_module(self.flow_policy):
+        with (
+            torch.no_grad(),
+            autocast_to(self.sampling_dtype, noise.device),
+            self.flow_policy_params.to_module(self.flow_policy),
+        ):
             teacher = self.flow_policy(condition, noise)
         condition, _ = self._condition_and_action(tensordict, self.actor_network)
         with self.actor_network_params.to_module(self.actor_network):

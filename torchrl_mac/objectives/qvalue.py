@@ -16,7 +16,13 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_mac.modules import QAggregation, QValueEnsemble
 from torchrl_mac.modules.qvalues import aggregate
-from torchrl_mac.objectives.common import GoalKeys, ranking_with, required, same_shape
+from torchrl_mac.objectives.common import (
+    GoalKeys,
+    autocast_to,
+    ranking_with,
+    required,
+    same_shape,
+)
 
 __all__ = ["ChunkedQValueLoss", "QValueLossBase"]
 
@@ -38,6 +44,8 @@ class QValueLossBase(LossModule):
             Defaults to an ensemble's own, or else ``"mean"``.
         chunk_size (int, optional): the number of environment steps from a state to the next, where
             the input does not say it as ``"steps_to_next_obs"``. Defaults to 1.
+        sampling_dtype (torch.dtype, optional): the next state's actions and values, and a teacher's
+            samples, are computed under autocast to this dtype. Defaults to none.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; critics are
             averaged first. Defaults to ``"mean"``.
 
@@ -104,6 +112,7 @@ class QValueLossBase(LossModule):
         num_qvalue_nets: int = 2,
         q_aggregation: QAggregation | None = None,
         chunk_size: int = 1,
+        sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -122,6 +131,7 @@ class QValueLossBase(LossModule):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.q_aggregation: QAggregation = q_aggregation
         self.chunk_size = chunk_size
+        self.sampling_dtype = sampling_dtype
         self.reduction = reduction
         self._is_ensemble = ensemble is not None
         self.convert_to_functional(
@@ -196,11 +206,12 @@ class QValueLossBase(LossModule):
         keys = self.tensor_keys
         reward = required(tensordict, ("next", keys.reward))
         following = self._conditions.read(tensordict, self._critic_keys, following=True)
-        action = self._next_action(tensordict)
         taken = required(tensordict, keys.action)
-        following[keys.action] = action.flatten(reward.ndim - 1).reshape(taken.shape)
-        inputs = TensorDict(following, batch_size=reward.shape[:-1])
-        members = self.members(inputs, self.target_qvalue_network_params)
+        with autocast_to(self.sampling_dtype, reward.device):
+            action = self._next_action(tensordict)
+            following[keys.action] = action.flatten(reward.ndim - 1).reshape(taken.shape)
+            inputs = TensorDict(following, batch_size=reward.shape[:-1])
+            members = self.members(inputs, self.target_qvalue_network_params)
         next_value = aggregate(members, self.q_aggregation).unsqueeze(-1)
         same_shape("the next state's value", next_value, reward.shape)
         outcome = TensorDict(batch_size=reward.shape[:-1])

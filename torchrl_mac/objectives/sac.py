@@ -55,7 +55,7 @@ class ChunkedSACLoss(QValueLossBase):
             action coordinates.
         bc_alpha (float, optional): the weight of cloning; with 0 (default) there is no such term.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
-            ``q_aggregation``, ``chunk_size`` and ``reduction``.
+            ``q_aggregation``, ``chunk_size``, ``sampling_dtype`` and ``reduction``.
 
     The input is that of :class:`~torchrl_mac.objectives.ChunkedQValueLoss`. Noise
     (``"actor_noise"`` and ``"next_noise"``, ``[*, D]``) is drawn unless the input has it.
