@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchrl
 from tensordict import TensorDict
 from torch.distributions import Normal
 from torch.nn import functional as F
@@ -245,6 +246,42 @@ def test_a_list_of_critics_is_an_ensemble():
     other.target_qvalue_network_params.data.update_(targets.data)
     for key, value in other(td).items():
         torch.testing.assert_close(value, loss(td)[key])
+
+
+@pytest.mark.skipif(
+    not hasattr(torchrl.objectives, "FQLLoss"), reason="of TorchRL's development branch"
+)
+@pytest.mark.parametrize("aggregation", ["mean", "min"])
+def test_it_is_the_loss_of_torchrl(aggregation):
+    def make(flow, onestep, loss, **kwargs):
+        torch.manual_seed(0)
+        cells = {"num_cells": CELLS}
+        critics = [
+            ValueOperator(NormedMLP(OBS + D, 1, **cells), in_keys=["observation", "action"])
+            for _ in range(2)
+        ]
+        policies = (
+            flow(NormedMLP(OBS + D + 1, D, **cells), D, F_STEPS),
+            onestep(NormedMLP(OBS + D, D, **cells), D),
+        )
+        loss = loss(*policies, critics, alpha=7.0, q_aggregation=aggregation, **kwargs)
+        SoftUpdate(loss, tau=0.1)
+        loss.make_value_estimator(gamma=GAMMA)
+        return loss
+
+    ours = make(FlowMatchingPolicy, OneStepPolicy, FQLLoss)
+    modules = torchrl.modules
+    theirs = make(modules.FlowMatchingPolicy, modules.OneStepPolicy, torchrl.objectives.FQLLoss)
+    assert ours.out_keys == theirs.out_keys
+    td = batch().select("observation", "action", "next")
+    td["action"] = td["action"].flatten(1)
+    assert {*theirs.in_keys} == {*ours.in_keys}
+    results = []
+    for loss in (ours, theirs):
+        torch.manual_seed(1)
+        results.append(loss(td.clone()))
+    for key, value in results[1].items():
+        torch.testing.assert_close(results[0][key], value)
 
 
 def test_normalised_q():
