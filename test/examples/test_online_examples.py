@@ -91,6 +91,7 @@ def test_a_finished_run_goes_online(tmp_path, fork):
     ("example", "overrides", "message"),
     [
         ("mac", ["task=cube-single-oraclerep", "online.frames=9999"], "only a single task"),
+        ("mac_multitask", ["online.frames=9999"], "this script trains offline only"),
         ("qc", ["online.frames=50", "online.warmup_frames=50"], "online.warmup_frames=50 cannot"),
         ("rlpd", ["online.frames=0"], r"phases=[] cannot be"),
     ],

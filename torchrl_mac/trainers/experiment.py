@@ -222,6 +222,10 @@ class Experiment(contextlib.AbstractContextManager):
             **kwargs: of :class:`~torchrl_mac.trainers.PhaseTrainer`.
         """
         cfg, distributed = self.cfg, torch.distributed.is_initialized()
+        if phases is not None and self.online is not None:
+            raise ValueError(
+                f"online.frames={cfg.online.frames} cannot be: this script trains offline only."
+            )
         if not self.is_first:  # parameters are those of the first; noise is each one's own
             torch.manual_seed(cfg.seed + 2**32 * self.rank)
         checkpoints = RunCheckpoints(
