@@ -27,10 +27,12 @@ from torchrl_mac.modules import (
 from torchrl_mac.objectives import ChunkedQValueLoss, FlowBCLoss
 from torchrl_mac.trainers import (
     CollectionHook,
+    NonFiniteError,
     Phase,
     PhaseTrainer,
     RunCheckpoints,
     SealedCheckpoint,
+    TrainerHook,
 )
 from torchrl_mac.trainers.online import online_phases
 from torchrl_mac.trainers.progress import Progress
@@ -170,6 +172,21 @@ class TestResuming:
         trainer = make_trainer(tmp_path, phases=ONLINE, shares=[0.5, 0.5])
         result = trainer.train()
         assert result["updates"] == 15 and result["online/frames"] == 33
+
+    def test_what_is_not_finite_ends_it_with_a_diagnosis(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_skipped=2)
+
+        class Poison(TrainerHook):
+            def before_update(self, progress):
+                if progress.updates == 7:
+                    params["network", "weights", "0"].data.fill_(torch.nan)
+
+        params = trainer.losses["critic"].qvalue_network_params
+        trainer.hooks["poison"] = Poison()
+        with pytest.raises(NonFiniteError, match=r"ChunkedQValueLoss\.qvalue_network_params"):
+            trainer.train()
+        (folder,) = tmp_path.glob("nonfinite-*")
+        assert SealedCheckpoint.load_states(folder)["hooks"]["online"]["collected"] > 0
 
     def test_it_goes_on_in_a_ring_that_is_full(self, tmp_path):
         whole = train(tmp_path / "whole", ring=make_ring(13))
