@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 from torchrl.envs import Compose, InitTracker, SerialEnv, TransformedEnv
+from torchrl.envs.utils import check_env_specs
 from torchrl.modules import MultiStepActorWrapper
 
 from torchrl_mac.envs import OGBenchEnv, ResumableEpisodes
@@ -125,6 +126,11 @@ def test_resets_leave_the_random_numbers_alone():
     torch.manual_seed(0)
     env.reset()
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_specs_hold():
+    transforms = Compose(InitTracker(), ResumableEpisodes())
+    check_env_specs(TransformedEnv(OGBenchEnv(POINTMAZE), transforms))
 
 
 def test_a_batch_of_several_is_refused():

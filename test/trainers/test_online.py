@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ from torchrl_mac.trainers import (
     SealedCheckpoint,
     TrainerHook,
 )
+from torchrl_mac.trainers.logs import JSONLinesLogger, rewind
 from torchrl_mac.trainers.online import online_phases
 from torchrl_mac.trainers.progress import Progress
 
@@ -154,6 +156,42 @@ class TestResuming:
         assert result["online/frames"] == 33
         for name, value in everything(whole)["losses"]["critic"].items():
             assert torch.equal(value, second.losses["critic"].state_dict()[name]), name
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_the_moments_of_a_finished_run_are_kept(self, tmp_path, keep):
+        train(tmp_path, online=False)
+        first = dataclasses.replace(ONLINE[0], keep_moments=keep)
+        trainer = make_trainer(tmp_path, phases=[OFFLINE, first, *ONLINE[1:]])
+        trainer.resume()
+        seen = []
+
+        class Look(TrainerHook):
+            def after_update(self, progress, batch, metrics):
+                training = trainer._training
+                parameter = training.parameters["critic.qvalue_network.network.weights.0"]
+                seen.append(training.update.optimizer.state[parameter]["step"].item())
+
+        trainer.hooks["look"] = Look()
+        trainer.train()
+        assert seen[0] == (5 if keep else 1)
+
+    def test_buffers_that_should_be_there(self, tmp_path):
+        trainer = train(tmp_path)
+        state = trainer.state_dict()
+        assert "phase online" in state["buffers"]
+        del state["buffers"]["phase online"]
+        with pytest.raises(ValueError, match="no buffer 'phase online'"):
+            make_trainer(tmp_path / "other").load_state_dict(state)
+        with pytest.raises(ValueError, match=r"phase_buffers of \['online'.*\['offline'\]"):
+            make_trainer(tmp_path, phases=[OFFLINE])
+
+    def test_another_runs_lines_are_not_made_up(self, tmp_path):
+        first = JSONLinesLogger("logs", str(tmp_path / "first"))
+        first.log_metrics({"loss": 1.0}, step=1)
+        other = JSONLinesLogger("logs", str(tmp_path / "other"))
+        rewind(other, first.state_dict())
+        other.log_metrics({"loss": 2.0}, step=2)
+        assert other.path.read_text() == '{"step": 2, "loss": 2.0}\n'
 
     def test_the_border_is_evaluated_as_the_end_is(self, tmp_path):
         calls = []

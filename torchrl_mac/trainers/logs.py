@@ -85,7 +85,9 @@ class JSONLinesLogger(Logger):
         return {"bytes": self.experiment.tell()}
 
     def _load_checkpoint_state(self, state_dict: Mapping[str, Any]) -> None:
-        self.experiment.truncate(state_dict.get("bytes", 0))
+        # another run's file, which this one goes on from, has lines that this one has not
+        size = os.fstat(self.experiment.fileno()).st_size
+        self.experiment.truncate(min(state_dict.get("bytes", 0), size))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"

@@ -155,6 +155,9 @@ class PhaseTrainer:
             check_phase(phase, self.losses)
             if phase.early_stopping is not None and validation_buffer is None:
                 raise ValueError(f"Phase {phase.name!r}: early_stopping needs a validation_buffer.")
+        names = [phase.name for phase in self.progress.phases]
+        if unknown := sorted(self.phase_buffers.keys() - names):
+            raise ValueError(f"There are phase_buffers of {unknown}; the phases are {names}.")
 
     @property
     def num_updates(self) -> int:
@@ -269,7 +272,8 @@ class PhaseTrainer:
     def _end(self, training: PhaseTraining) -> None:
         if training.stopping is not None:
             training.stopping.restore(training.parameters)
-        if any(phase.keep_moments for phase in self.progress.later_phases):
+        later = self.progress.later_phases  # if none, one may be appended to the finished run
+        if not later or any(phase.keep_moments for phase in later):
             self._moments.update(training.moments())
         for hook in self.hooks.values():
             hook.end_phase(self.progress)
