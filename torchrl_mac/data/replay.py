@@ -18,7 +18,8 @@ from torchrl.envs.transforms import ObservationNorm, Transform
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.sampler import ActionChunkSampler
 from torchrl_mac.data.storage import ActionChunkStorage
-from torchrl_mac.datasets.converted import ConvertedDataset, TrajectoryDataset
+from torchrl_mac.datasets.converted import ConvertedDataset
+from torchrl_mac.datasets.own import TrajectoryDataset
 from torchrl_mac.datasets.statistics import ObservationStatistics
 
 __all__ = ["ActionChunkExperienceReplay"]

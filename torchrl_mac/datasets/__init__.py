@@ -15,7 +15,8 @@ What is here, and why no library does it:
   without a copy of next observations, which TorchRL's datasets store.
 - ``labels``: OGBench's rewards and goal representations as columns beside the rows.
 - ``statistics``: what normalisation needs, gathered during the conversion.
-- ``manifest``, ``converted``: a converted dataset on disk: its record, its splits, its columns.
+- ``manifest``, ``converted``, ``own``: a converted dataset on disk: its record, its splits, its
+  columns.
 - ``verify``: files and conversions held against what they were when they were made.
 - ``cli``: ``torchrl-mac-data``.
 """
@@ -29,12 +30,9 @@ from torchrl_mac.datasets.generate import generate_dataset
 from torchrl_mac.datasets.names import NUM_TASKS, OGBenchName
 
 if TYPE_CHECKING:
-    from torchrl_mac.datasets.converted import (
-        OGBenchDataset,
-        RobomimicDataset,
-        TrajectoryDataset,
-    )
+    from torchrl_mac.datasets.converted import OGBenchDataset
     from torchrl_mac.datasets.download import download_dataset
+    from torchrl_mac.datasets.own import RobomimicDataset, TrajectoryDataset
     from torchrl_mac.datasets.statistics import ObservationStatistics
     from torchrl_mac.datasets.verify import verify_conversion, verify_files
 
@@ -54,8 +52,8 @@ __all__ = [
 _WITH_TORCH = {
     "OGBenchDataset": "converted",
     "ObservationStatistics": "statistics",
-    "RobomimicDataset": "converted",
-    "TrajectoryDataset": "converted",
+    "RobomimicDataset": "own",
+    "TrajectoryDataset": "own",
     "download_dataset": "download",
     "verify_conversion": "verify",
     "verify_files": "verify",
