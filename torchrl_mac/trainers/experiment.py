@@ -22,7 +22,7 @@ from torchrl.record import CSVLogger, WandbLogger
 from torchrl.record.loggers import Logger
 
 from torchrl_mac.data import OGBenchExperienceReplay
-from torchrl_mac.datasets import NUM_TASKS, OGBenchName
+from torchrl_mac.datasets import NUM_TASKS
 from torchrl_mac.envs import OGBenchEnv
 from torchrl_mac.modules import ChunkActor, save_policy
 from torchrl_mac.trainers.distributed import join_group
@@ -33,10 +33,10 @@ from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, write_summary
 from torchrl_mac.trainers.run import RunFolder
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
-from torchrl_mac.trainers.settings import check_settings
+from torchrl_mac.trainers.settings import check_settings, resolve_task
 from torchrl_mac.trainers.trainer import PhaseTrainer
 
-__all__ = ["Experiment", "resolve_task"]
+__all__ = ["Experiment"]
 
 _SWITCHES = ("compile", "cudagraphs", "precision", "max_grad_norm")  # of every update
 _FIXED = ("dataset", "dataset_digest", "task_ids", "seed", "chunk_size", "activation")
@@ -400,36 +400,3 @@ class Experiment(contextlib.AbstractContextManager):
         if process.returncode:  # no renderer, say: the result stands without it
             reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
             torchrl_logger.warning(f"No video: {reason}")
-
-
-def resolve_task(dataset: str, task_id: int | str | None) -> OGBenchName:
-    """The name that ``dataset`` is, if it says what to learn and ``task_id`` does not contradict.
-
-    Args:
-        dataset (str): a single task (``...-singletask-task2-v0``), or all of an environment's
-            (``...-oraclerep-v0``), which then are learned by one agent.
-        task_id (int or str): the number of the single task, or ``"all"``.
-
-    Raises:
-        ValueError: if there is nothing to learn, or the two contradict each other.
-
-    Examples:
-        >>> resolve_task("cube-single-play-oraclerep-v0", "all").mode
-        'oraclerep'
-    """
-    name = OGBenchName.parse(dataset)
-    if name.mode == "goal":
-        raise ValueError(
-            f"dataset={dataset} has neither rewards nor oracle representations: name a task "
-            "(...-singletask-task2-v0) or all of them (...-oraclerep-v0)."
-        )
-    if name.mode == "oraclerep" and task_id != "all":
-        raise ValueError(
-            f"dataset={dataset} has all tasks of its environment, but task_id={task_id}: "
-            "leave it out, or choose a single task (task=cube-single task_id=2)."
-        )
-    if name.mode == "singletask" and name.task_id not in (None, task_id):
-        raise ValueError(
-            f"dataset={dataset} contradicts task_id={task_id}: choose by task_id alone."
-        )
-    return name

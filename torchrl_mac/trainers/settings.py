@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_settings"]
+from torchrl_mac.datasets import OGBenchName
+
+__all__ = ["check_settings", "resolve_task"]
 
 Rule = Callable[[Any], str | None]  # what a value must be, if it is not
 
@@ -152,3 +154,36 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     device = settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.get("cudagraphs") and torch.device(device).type != "cuda":
         raise ValueError(f"cudagraphs=true cannot be on device={device}: it needs a CUDA device.")
+
+
+def resolve_task(dataset: str, task_id: int | str | None) -> OGBenchName:
+    """The name that ``dataset`` is, if it says what to learn and ``task_id`` does not contradict.
+
+    Args:
+        dataset (str): a single task (``...-singletask-task2-v0``), or all of an environment's
+            (``...-oraclerep-v0``), which then are learned by one agent.
+        task_id (int or str): the number of the single task, or ``"all"``.
+
+    Raises:
+        ValueError: if there is nothing to learn, or the two contradict each other.
+
+    Examples:
+        >>> resolve_task("cube-single-play-oraclerep-v0", "all").mode
+        'oraclerep'
+    """
+    name = OGBenchName.parse(dataset)
+    if name.mode == "goal":
+        raise ValueError(
+            f"dataset={dataset} has neither rewards nor oracle representations: name a task "
+            "(...-singletask-task2-v0) or all of them (...-oraclerep-v0)."
+        )
+    if name.mode == "oraclerep" and task_id != "all":
+        raise ValueError(
+            f"dataset={dataset} has all tasks of its environment, but task_id={task_id}: "
+            "leave it out, or choose a single task (task=cube-single task_id=2)."
+        )
+    if name.mode == "singletask" and name.task_id not in (None, task_id):
+        raise ValueError(
+            f"dataset={dataset} contradicts task_id={task_id}: choose by task_id alone."
+        )
+    return name
