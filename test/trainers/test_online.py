@@ -372,6 +372,21 @@ class TestSettings:
                 {"phases": [{"name": "a", "share": 0.5, "terms": BOTH, "batch_size": 8}]},
                 r"sum up to 1, got \[0.5\]",
             ),
+            ({"update_to_data": "often"}, r"online.update_to_data=often cannot be"),
+            ({"phases": 2 * ONE["phases"], "shares": 1}, r"sum up to 1, got \[0.0, 0.0\]"),
+            (
+                {"phases": 2 * [{**ONE["phases"][0], "share": 0.5}]},
+                "another phase has the name 'online'",
+            ),
+            (
+                {
+                    "phases": [
+                        {**ONE["phases"][0], "share": 1.0},
+                        {"name": "b", "terms": BOTH, "batch_size": 8},
+                    ]
+                },
+                r"cannot be: .*'num_updates'",
+            ),
             (
                 {"phases": [{"name": "a", "terms": BOTH, "size": 8}]},
                 r"online.phases=.* cannot be: .*'size'",

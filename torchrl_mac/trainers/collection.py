@@ -151,6 +151,7 @@ class CollectionHook(TrainerHook):
         self._close()
         self.collected = state_dict["collected"]
         self._return, self._length = state_dict["return"], state_dict["length"]
+        self._recent.clear()
         self._recent.extend(tuple(episode) for episode in state_dict["recent"])
         self._episodes.load_state_dict(state_dict["episodes"])
 

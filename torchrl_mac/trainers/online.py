@@ -51,10 +51,9 @@ def online_phases(settings: Mapping[str, Any]) -> OnlinePhases | None:
                 f"online.{key}={online[key]} cannot be: it must be a whole number of at least "
                 f"{least}."
             )
-    if not online["update_to_data"] > 0:
-        raise ValueError(
-            f"online.update_to_data={online['update_to_data']} cannot be: it must be positive."
-        )
+    ratio = online["update_to_data"]
+    if not isinstance(ratio, int | float) or not ratio > 0:
+        raise ValueError(f"online.update_to_data={ratio} cannot be: it must be a positive number.")
     found = OnlinePhases([], {})
     shares = [
         of.get("share", 1.0 if len(online["phases"]) == 1 else 0.0) for of in online["phases"]
@@ -63,7 +62,7 @@ def online_phases(settings: Mapping[str, Any]) -> OnlinePhases | None:
         raise ValueError(
             f"online.phases must have shares of the frames that sum up to 1, got {shares}."
         )
-    warmup = online["warmup_frames"]
+    warmup, taken = online["warmup_frames"], {of["name"] for of in settings.get("phases", ())}
     for of, share in zip(online["phases"], shares, strict=True):
         phase, frames = {key: value for key, value in of.items() if key != "share"}, 0
         if share:
@@ -73,10 +72,14 @@ def online_phases(settings: Mapping[str, Any]) -> OnlinePhases | None:
                     f"online.warmup_frames={warmup} cannot be: the first phase that collects has "
                     f"{frames} frames."
                 )
-            found.frames[phase["name"]] = frames
-        updates = round((frames - warmup * bool(share)) * online["update_to_data"])
-        warmup = 0 if share else warmup
-        phase.setdefault("num_updates", max(1, updates))
+            found.frames[str(phase.get("name"))] = frames
+            phase.setdefault("num_updates", max(1, round((frames - warmup) * ratio)))
+            warmup = 0
+        if phase.get("name") in taken:
+            raise ValueError(
+                f"online.phases={phase} cannot be: another phase has the name {phase['name']!r}."
+            )
+        taken.add(phase.get("name"))
         try:
             found.phases.append(Phase(**phase))
         except TypeError as error:  # a key that is missing or unknown
