@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from fixture import Fixture, error, linear_leaves
 from tensordict import TensorDict
 from torchrl.modules import ValueOperator
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 
 from torchrl_mac.modules import (
     ChunkedWorldModel,
@@ -21,6 +22,12 @@ from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, ValueExpan
 from torchrl_mac.trainers import LossUpdate
 
 TOLERANCES = {"loss": 1e-4, "rollout": 1e-3, "return": 1e-3, "gradient": 1e-3, "parameter": 1e-5}
+NOISES = {
+    "flow_x0": "flow_noise",
+    "flow_t": "flow_time",
+    "distill_noise": "distillation_noise",
+    "actor_noises": "actor_noise",
+}
 LOSSES = {
     "dynamics": "loss_dynamics",
     "flow": "loss_flow",
@@ -45,29 +52,14 @@ class Agent:
     """The package's modules, losses and update, with the sizes and parameters of a fixture."""
 
     def __init__(self, fixture: Fixture) -> None:
-        config = fixture.config
-        chunk_size, action_dim = config["action_chunking"], config["action_dim"]
-        self.networks = {}
-        for name in fixture.modules("params0"):
-            kernels = [
-                fixture[f"params0/{name}/Dense_{i}/kernel"]
-                for i in range(len(fixture.keys(f"params0/{name}/Dense_")) // 2)
-            ]
-            self.networks[name] = NormedMLP(
-                kernels[0].shape[0],
-                kernels[-1].shape[1],
-                [kernel.shape[1] for kernel in kernels[:-1]],
-                layer_norm=bool(fixture.keys(f"params0/{name}/LayerNorm_0/")),
-            )
+        config = self.config = fixture.config
+        self.networks = {name: self.network(fixture, name) for name in fixture.modules("params0")}
         nets = self.networks
         target_network = nets.pop("target_value")
         goal = ["goal"] if has_goals(fixture) else []
-        state, noisy = ["observation", *goal], ["observation", *goal, "noise"]
-        steps = config["flow_steps"]
-        flow = FlowMatchingPolicy(nets["actor_flow"], action_dim, steps, in_keys=noisy)
-        student = OneStepPolicy(nets["actor_onestep_flow"], action_dim, in_keys=noisy)
-        value = ValueOperator(nets["value"], in_keys=state)
-        qvalue = ValueOperator(nets["critic"], in_keys=[*state, "action"])
+        self.state = ["observation", *goal]
+        value = ValueOperator(nets["value"], in_keys=self.state)
+        self.qvalue = ValueOperator(nets["critic"], in_keys=[*self.state, "action"])
         world_model = ChunkedWorldModel(
             nets["dynamics"],
             nets["reward"],
@@ -75,26 +67,16 @@ class Agent:
             goal_key=goal[0] if goal else None,
             negative_reward=config.get("gc_negative", True) if goal else None,
         )
-        self.actor = FlowRejectionActor(
-            student,
-            qvalue,
-            num_candidates=fixture["step0/noise/rollout_noises"].shape[1],
-            chunk_size=chunk_size,
-        )
-        self.value_expansion = ValueExpansionLoss(
-            self.actor,
+        behaviour = self.behaviour(fixture)
+        self.value_expansion = self.expansion(
             value,
-            qvalue,
+            self.qvalue,
             world_model,
-            imagination_horizon=fixture["step0/noise/rollout_noises"].shape[0],
+            imagination_horizon=self.rollout_noise(fixture, "step0").shape[0],
             delay_value=config.get("target_network", True),
         )
         self.value_expansion.make_value_estimator(gamma=config["discount"], lmbda=config["lam"])
-        losses = [
-            FlowBCLoss(flow, student),
-            ChunkedWorldModelLoss(world_model),
-            self.value_expansion,
-        ]
+        losses = [behaviour, ChunkedWorldModelLoss(world_model), self.value_expansion]
         updater = None
         if self.value_expansion.delay_value:
             updater = SoftUpdate(self.value_expansion, tau=config["tau"])
@@ -106,6 +88,43 @@ class Agent:
         parameters = [parameter for loss in losses for parameter in loss.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=config["lr"])
         self.update = LossUpdate(losses, optimizer, [updater] if updater else [])
+
+    def network(self, fixture: Fixture, name: str) -> NormedMLP:
+        """A network of the fixture's sizes."""
+        kernels = [
+            fixture[f"params0/{name}/Dense_{i}/kernel"]
+            for i in range(len(fixture.keys(f"params0/{name}/Dense_")) // 2)
+        ]
+        return NormedMLP(
+            kernels[0].shape[0],
+            kernels[-1].shape[1],
+            [kernel.shape[1] for kernel in kernels[:-1]],
+            layer_norm=bool(fixture.keys(f"params0/{name}/LayerNorm_0/")),
+        )
+
+    def behaviour(self, fixture: Fixture) -> LossModule:
+        """The loss of the policies; makes the actor of imagination."""
+        config, nets, noisy = self.config, self.networks, [*self.state, "noise"]
+        action_dim, steps = config["action_dim"], config["flow_steps"]
+        flow = FlowMatchingPolicy(nets["actor_flow"], action_dim, steps, in_keys=noisy)
+        student = OneStepPolicy(nets["actor_onestep_flow"], action_dim, in_keys=noisy)
+        self.actor = FlowRejectionActor(
+            student,
+            self.qvalue,
+            num_candidates=self.rollout_noise(fixture, "step0").shape[1],
+            chunk_size=config["action_chunking"],
+        )
+        return FlowBCLoss(flow, student)
+
+    def expansion(self, *networks: Any, **kwargs: Any) -> ValueExpansionLoss:
+        """The loss of the values."""
+        return ValueExpansionLoss(self.actor, *networks, **kwargs)
+
+    def rollout_noise(self, fixture: Fixture, step: str) -> torch.Tensor:
+        """The noise of imagination, ``[H, N, B, D]``."""
+        return fixture[f"{step}/noise/rollout_noises"]
+
+    losses = LOSSES
 
     def leaves(self, module: str, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A network's tensors under the fixture's names and layouts."""
@@ -129,42 +148,52 @@ class Agent:
         return self.leaves(module, {name: p.grad for name, p in params.items()})
 
 
-def batch(fixture: Fixture, step: str) -> TensorDict:
+def batch(agent: Agent, fixture: Fixture, step: str) -> TensorDict:
     """A stored batch, with its noises, in the layout of the replay buffer."""
     data = {key: fixture[f"{step}/batch/{key}"] for key in ("observations", "next_observations")}
     chunk_size = fixture.config["action_chunking"]
-    noises = fixture[f"{step}/noise/rollout_noises"]
     goals = ("value_goal", "actor_goal") if has_goals(fixture) else ()
-    return TensorDict(
+    noise = agent.rollout_noise(fixture, step).movedim(-2, 0)
+    stored = TensorDict(
         **{goal: fixture[f"{step}/batch/{goal}s"] for goal in goals},
         observation=data["observations"],
         action=fixture[f"{step}/batch/actions"].unflatten(-1, (chunk_size, -1)),
-        flow_noise=fixture[f"{step}/noise/flow_x0"],
-        flow_time=fixture[f"{step}/noise/flow_t"],
-        distillation_noise=fixture[f"{step}/noise/distill_noise"],
-        noise=noises.permute(2, 0, 1, 3),
+        noise=noise,
         next=TensorDict(
             observation=data["next_observations"],
             reward=fixture[f"{step}/batch/rewards"].unsqueeze(-1),
             terminated=fixture[f"{step}/batch/masks"].unsqueeze(-1) == 0,
         ),
-    ).auto_batch_size_(1)
+    )
+    for name, key in NOISES.items():
+        if f"{step}/noise/{name}" in fixture.arrays:
+            stored[key] = fixture[f"{step}/noise/{name}"]
+    if "actor_noise" in stored.keys():
+        stored["actor_noise"] = stored["actor_noise"].transpose(0, 1)
+    return stored.auto_batch_size_(1)
 
 
 def replay(path: str | Path, case: str = "st") -> dict[str, dict[str, float]]:
     """Runs every stored update; returns ``{kind: {array: largest relative error}}``."""
     fixture = Fixture(path, case)
-    agent = Agent(fixture)
+    return compare(Agent(fixture), fixture)
+
+
+def compare(
+    agent: Agent, fixture: Fixture, source: str = "official"
+) -> dict[str, dict[str, float]]:
+    """Runs every stored update of a fixture, against what ``source`` has made of it."""
     errors: dict[str, dict[str, float]] = {kind: {} for kind in TOLERANCES}
+    of_source = "" if source == "official" else f"{source}/"
 
     def note(kind: str, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        name = of_source + name
         errors[kind][name] = max(errors[kind].get(name, 0.0), error(ours.detach(), theirs))
 
     for k in range(fixture.steps):
         step = f"step{k}"
-        data = batch(fixture, step)
+        data, stored = batch(agent, fixture, step), f"{step}/{source}"
         rollout = agent.value_expansion.imagine(data)
-        official = f"{step}/official"
         arrays = {
             "observations": rollout["observation"],
             "actions": rollout["action"].flatten(-2),
@@ -173,23 +202,29 @@ def replay(path: str | Path, case: str = "st") -> dict[str, dict[str, float]]:
             "masks": 1 - rollout["next", "terminated"].squeeze(-1).float(),
         }
         for name, ours in arrays.items():
-            theirs = fixture[f"{official}/rollout_{name}"]
-            note("rollout", name, ours.transpose(0, 1), theirs)
+            if f"{stored}/rollout_{name}" in fixture.arrays:
+                theirs = fixture[f"{stored}/rollout_{name}"]
+                note("rollout", name, ours.transpose(0, 1), theirs)
         returns = agent.value_expansion.value_target(rollout).squeeze(-1).T
-        note("return", "returns", returns, fixture[f"{official}/rollout_returns"])
+        where = f"{stored}/rollout_returns"
+        theirs = fixture[where if where in fixture.arrays else f"{stored}/gae/returns"]
+        note("return", "returns", returns, theirs)
 
         metrics = agent.update(data)
-        for name, key in LOSSES.items():
-            note("loss", name, metrics[key], fixture[f"{official}/loss/{name}"])
-        total = sum(metrics[key] for key in LOSSES.values())
-        note("loss", "total", total, fixture[f"{official}/loss/total"])
+        for name, key in agent.losses.items():
+            note("loss", name, metrics[key], fixture[f"{stored}/loss/{name}"])
+        total = sum(value for key, value in metrics.items() if key.startswith("loss_"))
+        note("loss", "total", total, fixture[f"{stored}/loss/total"])
+        changed = f"{step}/{of_source}"
         for module in agent.networks:
             for leaf, ours in agent.gradients(module).items():
-                theirs = fixture[f"{step}/grad/{module}/{leaf}"]
-                note("gradient", f"{module}/{leaf}", ours, theirs)
+                where = f"{changed}grad/{module}/{leaf}"
+                if where in fixture.arrays or not of_source:
+                    note("gradient", f"{module}/{leaf}", ours, fixture[where])
         modules = [*agent.networks, *(["target_value"] if agent.update.target_updaters else [])]
         for module in modules:
             for leaf, ours in agent.parameters(module).items():
-                theirs = fixture[f"{step}/params_after/{module}/{leaf}"]
-                note("parameter", f"{module}/{leaf}", ours, theirs)
+                where = f"{changed}params_after/{module}/{leaf}"
+                if where in fixture.arrays or not of_source:
+                    note("parameter", f"{module}/{leaf}", ours, fixture[where])
     return errors

@@ -112,6 +112,33 @@ def test_replay_of_q_chunking_notices_a_difference(tmp_path, capsys, key, kind):
     assert kind in failed
 
 
+def test_replay_agrees_with_the_ablations(capsys):
+    assert replay.main([str(ASSETS / "mac_variants.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"fixture", "mbrs_ac", "mbfql"}
+    names = report["mbfql"]["all"]
+    assert {"actor", "corrected/actor", "corrected/value"} <= set(names["loss"])
+    assert {"returns", "corrected/returns"} == set(names["return"])
+    modules = {key.split("/")[0] for key in report["mbrs_ac"]["all"]["parameter"]}
+    assert "actor" in modules and "target_value" in modules
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("mbrs_ac__step0__official__loss__bc_actor", "loss"),
+        ("mbrs_ac__step1__params_after__actor__log_std_net__kernel", "parameter"),
+        ("mbfql__step0__official__rollout_returns", "return"),
+        ("mbfql__step1__corrected__gae__returns", "return"),
+        ("mbfql__step0__noise__actor_noises", "gradient"),
+    ],
+)
+def test_replay_of_the_ablations_notices_a_difference(tmp_path, capsys, key, kind):
+    assert replay.main([str(tampered(tmp_path, ASSETS / "mac_variants.npz", **{key: 1.01}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))

@@ -2,6 +2,8 @@
 
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
+from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
+from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
 from torchrl_mac.objectives.sac import ChunkedSACLoss
 from torchrl_mac.objectives.value_expansion import ValueExpansionLoss
@@ -11,8 +13,10 @@ __all__ = [
     "ChunkedQValueLoss",
     "ChunkedSACLoss",
     "ChunkedWorldModelLoss",
+    "FQLExpansionLoss",
     "FQLLoss",
     "FlowBCLoss",
+    "GaussianBCLoss",
     "QValueLossBase",
     "ValueExpansionLoss",
 ]

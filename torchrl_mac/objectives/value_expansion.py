@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from torchrl.objectives.utils import dispatch_value_estimator
 from torchrl.objectives.value import TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_mac.envs import imagine
-from torchrl_mac.modules import FlowRejectionActor
-from torchrl_mac.objectives.common import GoalKeys, autocast_to, same_shape
+from torchrl_mac.modules import ChunkActor
+from torchrl_mac.objectives.common import GoalKeys, autocast_to, ranking_with, same_shape
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -42,7 +41,7 @@ class ValueExpansionLoss(LossModule):
     action the actor chose; V looks ahead as far as the rollout goes.
 
     Args:
-        actor_network (FlowRejectionActor): chooses chunks by ``qvalue_network``. It is not
+        actor_network (ChunkActor): chooses chunks by ``qvalue_network``. It is not
             trained here: its policy's parameters are not this module's.
         value_network (TensorDictModule): writes ``"state_value"`` ``[*, 1]``.
         qvalue_network (TensorDictModule): writes ``"state_action_value"`` ``[*, 1]``; the same
@@ -146,7 +145,7 @@ class ValueExpansionLoss(LossModule):
 
     def __init__(
         self,
-        actor_network: FlowRejectionActor,
+        actor_network: ChunkActor,
         value_network: TensorDictModule,
         qvalue_network: TensorDictModule,
         world_model: TensorDictModuleBase,
@@ -241,7 +240,8 @@ class ValueExpansionLoss(LossModule):
         if noise is not None:
             steps = (*start.shape, self.imagination_horizon, *noise.shape[start.ndim + 1 :])
             same_shape(self.tensor_keys.noise, noise, steps)
-        with autocast_to(self.sampling_dtype, observation.device), self._ranking():
+        ranking = ranking_with(self.actor_network, self.qvalue_network_params)
+        with autocast_to(self.sampling_dtype, observation.device), ranking:
             rollout = imagine(
                 self.actor_network,
                 self.world_model,
@@ -254,13 +254,6 @@ class ValueExpansionLoss(LossModule):
             for key in (self.tensor_keys.done, self.tensor_keys.terminated):
                 rollout.get(("next", key)).zero_()
         return rollout
-
-    def _ranking(self) -> contextlib.AbstractContextManager:
-        """Lets the actor rank candidates with this module's parameters of Q."""
-        ranking = getattr(self.actor_network, "qvalue_network", None)
-        if ranking is None:
-            return contextlib.nullcontext()
-        return self.qvalue_network_params.to_module(ranking)
 
     def value_loss(self, rollout: TensorDictBase) -> Tensor:
         """The regression of V on the returns of a rollout ``[*, H]``."""
