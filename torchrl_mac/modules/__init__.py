@@ -3,6 +3,7 @@
 from torchrl_mac.modules.actor import ChunkActor, PolicyActor
 from torchrl_mac.modules.config import Configurable, build, describe, register_config
 from torchrl_mac.modules.ensemble import GaussianEnsemble
+from torchrl_mac.modules.ensemble_model import EnsembleWorldModel
 from torchrl_mac.modules.export import load_export, save_policy
 from torchrl_mac.modules.flow import (
     FlowMatchingModel,
@@ -23,6 +24,7 @@ __all__ = [
     "ChunkActor",
     "ChunkedWorldModel",
     "Configurable",
+    "EnsembleWorldModel",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
     "FlowPolicyBase",

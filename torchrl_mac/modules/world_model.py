@@ -89,6 +89,10 @@ class WorldModelBase(TensorDictModuleBase, Configurable, abc.ABC):
     def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes all the rest: reward, termination and done, for any number of steps at once."""
 
+    def dynamics_error(self, observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+        """What the dynamics are trained to minimise, ``[*]``, for the true next state."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its dynamics learn.")
+
 
 class ChunkedWorldModel(WorldModelBase):
     r"""Predicts, from a state and a chunk of ``h`` actions, the state ``h`` steps ahead.
@@ -167,6 +171,12 @@ class ChunkedWorldModel(WorldModelBase):
         change = self.dynamics_network(observation, action)
         shaped(change, observation.shape, "The output of dynamics_network")
         return tensordict.set(self._next[self.observation_key], observation + change)
+
+    def dynamics_error(self, observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+        """The squared error of the next state, averaged over its coordinates, ``[*]``."""
+        change = self.dynamics_network(observation, action)
+        shaped(change, observation.shape, "The output of dynamics_network")
+        return (observation + change - following).square().mean(-1)
 
     def predict_outcome(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes all the rest: reward, termination and done, for any number of steps at once."""

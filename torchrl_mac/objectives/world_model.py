@@ -26,7 +26,9 @@ class ChunkedWorldModelLoss(LossModule):
         \mathcal L_{reward} &= ( \hat r - r )^2 \\
         \mathcal L_{termination} &= \mathrm{BCE}(\mathrm{logit}, \mathrm{terminated})
 
-    with squares averaged over the state's coordinates (https://arxiv.org/abs/2512.08108). Each
+    with squares averaged over the state's coordinates (https://arxiv.org/abs/2512.08108). Dynamics
+    of another kind say themselves what they minimise, such as the likelihood of an
+    :class:`~torchrl_mac.modules.EnsembleWorldModel`. Each
     of the model's networks learns from one term; the reward network also where the model reads
     rewards off terminations.
 
@@ -116,13 +118,12 @@ class ChunkedWorldModelLoss(LossModule):
         return out
 
     def dynamics_loss(self, tensordict: TensorDictBase) -> Tensor:
-        """The regression of the next state, which no goal has a part in."""
+        """The regression of the next state, or its likelihood; no goal has a part in it."""
         observation, action, *_ = self._inputs(tensordict)
-        with self.world_model_params.to_module(self.world_model):
-            change = self.world_model.dynamics_network(observation, action)
         truth = self._truth(self.tensor_keys.observation, tensordict, observation)
-        same_shape("the prediction of the dynamics", change, observation.shape)
-        return self._reduced((observation + change - truth).square(), tensordict)
+        with self.world_model_params.to_module(self.world_model):
+            error = self.world_model.dynamics_error(observation, action, truth)
+        return self._reduced(error.unsqueeze(-1), tensordict)
 
     def reward_loss(self, tensordict: TensorDictBase) -> Tensor:
         """The regression of the chunk's reward."""
