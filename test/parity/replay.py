@@ -17,13 +17,14 @@ from pathlib import Path
 from types import ModuleType
 
 import replay_mac
+import replay_mbpo
 import replay_qc
 import replay_variants
 import replay_windows
 from fixture import configs
 from torchrl._utils import logger
 
-FAMILIES = (replay_mac, replay_variants, replay_qc, replay_windows)
+FAMILIES = (replay_mac, replay_variants, replay_mbpo, replay_qc, replay_windows)
 
 
 def cases_of(path: str | Path) -> dict[str, ModuleType]:

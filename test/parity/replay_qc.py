@@ -261,18 +261,23 @@ def _network(fixture: Fixture, name: str, **kwargs: Any) -> NormedMLP | StackedM
 
 def _leaves(network: Any, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if isinstance(network, StackedMLP):
-        leaves = {}
-        for i in range(len(network.weights)):
-            leaves[f"Dense_{i}/kernel"] = params[f"weights.{i}"]
-            leaves[f"Dense_{i}/bias"] = params[f"biases.{i}"].squeeze(1)
-        for i in range(len(network.scales)):
-            leaves[f"LayerNorm_{i}/scale"] = params[f"scales.{i}"].squeeze(1)
-            leaves[f"LayerNorm_{i}/bias"] = params[f"shifts.{i}"].squeeze(1)
-        return leaves
+        return stacked_leaves(network, params)
     leaves = linear_leaves(network.layers, params)
     if network.norm_first:  # a Gaussian actor: means and log-deviations are one layer here
         last = len(network.num_cells)
         for leaf in ("kernel", "bias"):
             both = leaves.pop(f"Dense_{last}/{leaf}")
             leaves[f"Dense_mean/{leaf}"], leaves[f"Dense_logstd/{leaf}"] = both.chunk(2, -1)
+    return leaves
+
+
+def stacked_leaves(network: StackedMLP, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of networks side by side under the fixture's names and layouts."""
+    leaves = {}
+    for i in range(len(network.weights)):
+        leaves[f"Dense_{i}/kernel"] = params[f"weights.{i}"]
+        leaves[f"Dense_{i}/bias"] = params[f"biases.{i}"].squeeze(1)
+    for i in range(len(network.scales)):
+        leaves[f"LayerNorm_{i}/scale"] = params[f"scales.{i}"].squeeze(1)
+        leaves[f"LayerNorm_{i}/bias"] = params[f"shifts.{i}"].squeeze(1)
     return leaves

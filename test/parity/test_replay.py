@@ -139,6 +139,32 @@ def test_replay_of_the_ablations_notices_a_difference(tmp_path, capsys, key, kin
     assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
 
 
+def test_replay_agrees_with_mopo_and_mobile(capsys):
+    assert replay.main([str(ASSETS / "mbpo.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"fixture", "mopo_st", "mobile_gc"}
+    for case in ("mopo_st", "mobile_gc"):
+        assert set(report[case]["largest_relative_error"]) == {
+            *("loss", "rollout", "penalty", "gradient", "parameter")
+        }
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("mopo_st__step0__official__penalty", "penalty"),
+        ("mobile_gc__rollout__noise__model_eps", "rollout"),
+        ("mobile_gc__step1__noise__penalty_actor_eps", "penalty"),
+        ("mobile_gc__step1__params_after__target_critic__Dense_0__kernel", "parameter"),
+        ("mopo_st__step0__official__loss__lam", "loss"),
+    ],
+)
+def test_replay_of_mopo_and_mobile_notices_a_difference(tmp_path, capsys, key, kind):
+    assert replay.main([str(tampered(tmp_path, ASSETS / "mbpo.npz", **{key: 1.05}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))

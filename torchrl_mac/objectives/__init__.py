@@ -4,6 +4,7 @@ from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
+from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
 from torchrl_mac.objectives.sac import ChunkedSACLoss
 from torchrl_mac.objectives.value_expansion import ValueExpansionLoss
@@ -18,5 +19,8 @@ __all__ = [
     "FlowBCLoss",
     "GaussianBCLoss",
     "QValueLossBase",
+    "RewardPenalty",
     "ValueExpansionLoss",
+    "deviation_penalty",
+    "value_penalty",
 ]

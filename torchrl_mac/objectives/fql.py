@@ -54,7 +54,7 @@ class FQLLoss(QValueLossBase):
         normalize_q_loss (bool, optional): whether the critics' part of the actor's term is divided
             by the mean size of Q. Defaults to ``False``.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
-            ``q_aggregation``, ``chunk_size``, ``sampling_dtype`` and ``reduction``.
+            ``q_aggregation``, ``chunk_size``, ``target_range``, ``sampling_dtype``, ``reduction``.
 
     The input is that of :class:`~torchrl_mac.objectives.ChunkedQValueLoss`. Noise
     (``"flow_noise"``, ``"actor_noise"`` and ``"next_noise"`` ``[*, D]``, ``"flow_time"``

@@ -44,6 +44,8 @@ class QValueLossBase(LossModule):
             Defaults to an ensemble's own, or else ``"mean"``.
         chunk_size (int, optional): the number of environment steps from a state to the next, where
             the input does not say it as ``"steps_to_next_obs"``. Defaults to 1.
+        target_range (tuple of float, optional): what the target is clipped to, such as the values
+            that are possible. Defaults to none.
         sampling_dtype (torch.dtype, optional): the next state's actions and values, and a teacher's
             samples, are computed under autocast to this dtype. Defaults to none.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch; critics are
@@ -112,6 +114,7 @@ class QValueLossBase(LossModule):
         num_qvalue_nets: int = 2,
         q_aggregation: QAggregation | None = None,
         chunk_size: int = 1,
+        target_range: tuple[float, float] | None = None,
         sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
     ) -> None:
@@ -131,6 +134,7 @@ class QValueLossBase(LossModule):
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.q_aggregation: QAggregation = q_aggregation
         self.chunk_size = chunk_size
+        self.target_range = target_range
         self.sampling_dtype = sampling_dtype
         self.reduction = reduction
         self._is_ensemble = ensemble is not None
@@ -221,7 +225,8 @@ class QValueLossBase(LossModule):
         if steps is None:
             steps = torch.full_like(reward, self.chunk_size)
         outcome.set(keys.steps_to_next_obs, steps)
-        return self.value_estimator.value_estimate(outcome, next_value=next_value).squeeze(-1)
+        target = self.value_estimator.value_estimate(outcome, next_value=next_value).squeeze(-1)
+        return target if self.target_range is None else target.clamp(*self.target_range)
 
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         read = self.actor_network.in_keys[:-1]

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from torchrl_mac.modules import TanhGaussianPolicy
-from torchrl_mac.objectives.common import condition_and_action, given_or_drawn
+from torchrl_mac.objectives.common import GoalKeys, condition_and_action, given_or_drawn
 from torchrl_mac.objectives.qvalue import QValueLossBase
 
 __all__ = ["ChunkedSACLoss"]
@@ -55,7 +55,7 @@ class ChunkedSACLoss(QValueLossBase):
             action coordinates.
         bc_alpha (float, optional): the weight of cloning; with 0 (default) there is no such term.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
-            ``q_aggregation``, ``chunk_size``, ``sampling_dtype`` and ``reduction``.
+            ``q_aggregation``, ``chunk_size``, ``target_range``, ``sampling_dtype``, ``reduction``.
 
     The input is that of :class:`~torchrl_mac.objectives.ChunkedQValueLoss`. Noise
     (``"actor_noise"`` and ``"next_noise"``, ``[*, D]``) is drawn unless the input has it.
@@ -92,9 +92,12 @@ class ChunkedSACLoss(QValueLossBase):
         """Keys that :meth:`set_keys` can change, beside those of the base class.
 
         Attributes:
+            actor_goal (NestedKey): the entry of the input that the goal is in the actor's terms, if
+                the networks read one. Defaults to ``"actor_goal"``.
             actor_noise (NestedKey): optional noise of the actor's term.
         """
 
+        actor_goal: NestedKey = "actor_goal"
         actor_noise: NestedKey = "actor_noise"
 
     default_keys = _AcceptedKeys
@@ -133,7 +136,7 @@ class ChunkedSACLoss(QValueLossBase):
         """What the networks read, and what becomes of it."""
         policy = self.actor_network.in_keys[:-1]
         following = self._transition_keys(policy)
-        return list(dict.fromkeys([*self._conditions.sources(policy), *following]))
+        return list(dict.fromkeys([*self._actor_conditions.sources(policy), *following]))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -166,7 +169,7 @@ class ChunkedSACLoss(QValueLossBase):
         noise = given_or_drawn(tensordict, keys.actor_noise, taken)
         with self.actor_network_params.to_module(self.actor_network):
             action, log_prob = self.actor_network.module.sample(condition, noise)
-        inputs = self._conditions.read(tensordict, self._critic_keys)
+        inputs = self._actor_conditions.read(tensordict, self._critic_keys)
         inputs[keys.action] = action.reshape(tensordict.get(keys.action).shape)
         inputs = TensorDict(inputs, batch_size=condition.shape[:-1])
         # frozen critics still pass the gradient to the action
@@ -187,6 +190,12 @@ class ChunkedSACLoss(QValueLossBase):
             log_prob = self.actor_network.module.log_prob(condition, action)
         return self._reduced(-self.bc_alpha * log_prob, tensordict)
 
+    @property
+    def _actor_conditions(self) -> GoalKeys:
+        return GoalKeys(self.tensor_keys.goal, self.tensor_keys.actor_goal)
+
     def _condition_and_action(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         action_key = self.tensor_keys.action
-        return condition_and_action(tensordict, self.actor_network, self._conditions, action_key)
+        return condition_and_action(
+            tensordict, self.actor_network, self._actor_conditions, action_key
+        )
