@@ -3,14 +3,14 @@
     python examples/qc.py                                 # QC, the paper's sizes, cube-double
     python examples/qc.py preset=cpu task=cube-single     # small networks, for two CPU cores
     python examples/qc.py preset=cpu task=cube-single online.frames=20_000    # and then online
-    python examples/qc.py chunk_size=1                    # BFN: single actions
-    python examples/qc.py chunk_size=1 n_steps=5          # BFN-n: with returns of five steps
+    python examples/qc.py chunk_size=1 num_candidates=4   # BFN: single actions
+    python examples/qc.py chunk_size=1 num_candidates=4 n_steps=5    # BFN-n: returns of five steps
 
 A flow clones the dataset's chunks, critics learn the value of the best of N of its samples, and
 that one is executed. Every setting is in configs/qc/. The dataset must be in `data_dir`:
 `torchrl-mac-data generate cube-double-play-v0 --out data`.
 
-The paper's settings of each environment, in configs/qc/task/ (dimension of BFN in brackets):
+The paper's settings of each environment, in configs/qc/task/:
 
     environment       rewards   dataset     num_candidates   of BFN, BFN-n   episode's limit
     scene             sparse    1M play     32               4               750
