@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchrl_mac.data.segments import Segments
 
-__all__ = ["CrossingRows", "episode_is_the_first"]
+__all__ = ["CrossingRows"]
 
 
 class CrossingRows:
@@ -46,12 +46,3 @@ class CrossingRows:
         number = start if self.holds_next else start - self._rows.find(start)
         offset = torch.arange(length, device=start.device)
         return self.row((number.unsqueeze(-1) + offset).flatten()).unflatten(0, (-1, length))
-
-
-def episode_is_the_first(ends: Tensor) -> Tensor:
-    """Of windows, ``[B, L]``, which steps come before any end of an episode, that step's excluded.
-
-    Args:
-        ends (Tensor): after which steps an episode ends, bool ``[B, L]``.
-    """
-    return ends.cumsum(1) - ends.long() == 0

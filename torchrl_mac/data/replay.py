@@ -29,7 +29,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     r"""A dataset of one's own, sampled in action chunks.
 
     Files (see :class:`~torchrl_mac.datasets.trajectories.TrajectorySource`: D4RL's HDF5 or npz,
-    Minari's HDF5) are converted once into a memory map,
+    Minari's or robomimic's HDF5) are converted once into a memory map,
     ``{root}/{dataset_id}/{train,val}/{rows,metadata.json}``, and not needed again. Several files
     make one dataset. A conversion that is interrupted goes on at the file where it was.
     There is one row per state and no copy of next observations:

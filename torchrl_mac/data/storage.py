@@ -11,10 +11,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from torchrl_mac.data.crossing import episode_is_the_first
 from torchrl_mac.data.rows import EpisodeStorage
 from torchrl_mac.data.windows import (
     Window,
+    before_an_end,
     expand_as_rows,
     goal_window,
     task_window,
@@ -329,7 +329,7 @@ class ActionChunkStorage(EpisodeStorage):
         else:
             ends = self._column(self.end_key).flatten()[row.flatten()].reshape(row.shape)
             ends = ends | (row == len(self) - 1)  # nothing is known to follow
-        inside = episode_is_the_first(ends)
+        inside = before_an_end(ends)
         counted = row[:, :n_steps]
         reward = terminated = None
         if self._has(unravel_key(("next", self.reward_key))):

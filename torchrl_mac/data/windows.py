@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Window", "expand_as_rows", "goal_window", "task_window", "window_lines", "window_rows"]
+__all__ = [
+    "Window",
+    "before_an_end",
+    "expand_as_rows",
+    "goal_window",
+    "task_window",
+    "window_lines",
+    "window_rows",
+]
 
 
 class Window(NamedTuple):
@@ -89,7 +97,7 @@ def task_window(
     inside = start.unsqueeze(-1) + offset < last.unsqueeze(-1)
     if terminated is not None:
         ends = terminated.index_select(0, row.flatten()).reshape(*row.shape, -1).any(-1)
-        inside = inside & (ends.cumsum(1) - ends.long() == 0)
+        inside = inside & before_an_end(ends)
     counted = inside[:, :n_steps] & (offset[:n_steps] < (end - start).unsqueeze(-1))
     total = ended = None
     if terminated is not None:
@@ -145,6 +153,15 @@ def goal_window(
     offset = torch.arange(chunk_size, device=start.device)
     valid = start.unsqueeze(-1) + offset < last.unsqueeze(-1)
     return Window(steps, valid, reward.float().unsqueeze(-1), success.unsqueeze(-1))
+
+
+def before_an_end(ends: Tensor) -> Tensor:
+    """Which steps of windows come before any end, or with the first one, bool ``[B, L]``.
+
+    Args:
+        ends (Tensor): after which steps something ends, bool ``[B, L]``.
+    """
+    return ends.cumsum(1) - ends.long() == 0
 
 
 def expand_as_rows(mask: Tensor, rows: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torchrl_mac.modules.shapes import shaped
 
 __all__ = ["TanhGaussianModel", "TanhGaussianPolicy"]
 
+_BOUND = 1 - 1e-5  # of given actions, whose tanh must have an inverse
+
 
 class TanhGaussianModel(nn.Module):
     r"""Samples actions :math:`a = \tanh(\mu(s) + \sigma(s) z)`, :math:`z \sim \mathcal N(0, I)`.
@@ -71,9 +73,9 @@ class TanhGaussianModel(nn.Module):
         return x.tanh(), _log_prob(x, mean, log_std)
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
-        """The log-density ``[*]`` of actions ``[*, action_dim]`` within (-1, 1)."""
+        """The log-density ``[*]`` of actions ``[*, action_dim]``, clipped to within 1 - 1e-5."""
         mean, log_std = self._mean_and_log_std(observation)
-        return _log_prob(torch.atanh(action), mean, log_std)
+        return _log_prob(torch.atanh(action.clamp(-_BOUND, _BOUND)), mean, log_std)
 
     def _before_tanh(
         self, observation: Tensor, noise: Tensor | None

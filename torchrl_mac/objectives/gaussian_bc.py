@@ -15,8 +15,6 @@ from torchrl_mac.objectives.common import GoalKeys, condition_and_action
 
 __all__ = ["GaussianBCLoss"]
 
-_BOUND = 1 - 1e-5  # of cloned actions, whose tanh must have an inverse
-
 
 class GaussianBCLoss(LossModule):
     r"""Clones behaviour by maximum likelihood.
@@ -103,6 +101,6 @@ class GaussianBCLoss(LossModule):
             tensordict, self.policy, self._conditions, self.tensor_keys.action
         )
         with self.policy_params.to_module(self.policy):
-            log_prob = self.policy.module.log_prob(condition, action.clamp(-_BOUND, _BOUND))
+            log_prob = self.policy.module.log_prob(condition, action)
         weights = self._maybe_get_priority_weight(tensordict)
         return self._reduce_loss(-log_prob, tensordict, weights=weights)

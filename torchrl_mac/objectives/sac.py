@@ -18,8 +18,6 @@ from torchrl_mac.objectives.qvalue import QValueLossBase
 
 __all__ = ["ChunkedSACLoss"]
 
-_BOUND = 1 - 1e-5  # of cloned actions, whose tanh must have an inverse
-
 
 class ChunkedSACLoss(QValueLossBase):
     r"""An entropy-regularised actor of chunks, its critics and its temperature.
@@ -186,7 +184,6 @@ class ChunkedSACLoss(QValueLossBase):
         """The log-likelihood of the dataset's actions, all of a chunk's."""
         condition, action = self._condition_and_action(tensordict)
         with self.actor_network_params.to_module(self.actor_network):
-            action = action.clamp(-_BOUND, _BOUND)
             log_prob = self.actor_network.module.log_prob(condition, action)
         return self._reduced(-self.bc_alpha * log_prob, tensordict)
 

@@ -131,7 +131,7 @@ class Experiment(contextlib.AbstractContextManager):
         cfg = self.cfg
         buffer = OGBenchExperienceReplay(
             dataset or cfg.dataset,
-            self._first_batch_size if cfg.prefetch else None,  # what is drawn ahead at first
+            self.all_phases[0].batch_size if cfg.prefetch else None,  # what is drawn ahead at first
             root=cfg.root,
             source=cfg.data_dir,
             split=split,
@@ -147,10 +147,6 @@ class Experiment(contextlib.AbstractContextManager):
         for transform in (*transforms, DeviceCastTransform(self.device)):
             buffer.append_transform(transform)
         return buffer
-
-    @property
-    def _first_batch_size(self) -> int:
-        return self.all_phases[0].batch_size
 
     def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
         """What makes an actor of normalised observations, and goals, one of the simulator's."""
