@@ -57,6 +57,18 @@ def test_compiled_equals_eager_and_compiles_once():
     torch.testing.assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_targets_move_as_the_updater_moves_them(order):
+    update, twin = (make_update(target_order=order) for _ in range(2))
+    updater = twin.target_updaters[0]
+    twin._target_steps = [updater.step]
+    for step in range(3):
+        update(batch(step))
+        twin(batch(step))
+        mine, its = parameters(update), parameters(twin)
+        assert all(torch.equal(mine[key], its[key]) for key in its)
+
+
 def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")

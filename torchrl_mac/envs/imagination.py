@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
 from torchrl_mac.modules import WorldModelBase
+from torchrl_mac.modules.fused import frozen_weights
 
 __all__ = ["imagine"]
 
@@ -73,12 +74,13 @@ def imagine(
         return step.update(world_model(step.copy()))
 
     state, dim, steps = start.copy(), start.ndim, []
-    for k in range(horizon):
-        if noise is not None:
-            state.set(noise_key, noise.select(dim, k))
-        step = predict(actor(state))
-        steps.append(step)
-        state = step_mdp(step).select(*kept)
+    with frozen_weights():
+        for k in range(horizon):
+            if noise is not None:
+                state.set(noise_key, noise.select(dim, k))
+            step = predict(actor(state))
+            steps.append(step)
+            state = step_mdp(step).select(*kept)
     rollout: TensorDictBase = torch.stack(steps, -1)
     if not in_parts:
         return rollout

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key_list
 from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable, as_keys, placeholder
+from torchrl_mac.modules.fused import frozen_weights
 from torchrl_mac.modules.shapes import shaped
 
 __all__ = [
@@ -83,9 +84,10 @@ class FlowMatchingModel(nn.Module):
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Maps an observation ``[*, O]`` to an action ``[*, action_dim]`` within the bounds."""
         action = _noise(observation, self.action_dim, noise)
-        for step in range(self.num_steps):
-            time = torch.full_like(action[..., :1], step / self.num_steps)
-            action = action + self.velocity(observation, action, time) / self.num_steps
+        with frozen_weights():
+            for step in range(self.num_steps):
+                time = torch.full_like(action[..., :1], step / self.num_steps)
+                action = action + self.velocity(observation, action, time) / self.num_steps
         return action.clamp(self.low, self.high)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable
+from torchrl_mac.modules.fused import through
 
 __all__ = ["ACTIVATIONS", "NormedMLP", "TanhGELU"]
 
@@ -130,7 +131,8 @@ class NormedMLP(nn.Module, Configurable):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
         last = inputs[0].ndim - 1
-        features = torch.cat([x.flatten(last) for x in inputs], -1)
+        parts = [x.flatten(last) for x in inputs]
+        features = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if features.shape[-1] != self.in_features:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(
@@ -138,10 +140,8 @@ class NormedMLP(nn.Module, Configurable):
                 f"(observation, goal if there is one, chunk or noise) have {features.shape[-1]}."
             )
         layers = list(self.layers)
-        for layer in layers[:-1]:
-            features = layer(features)
-        with full_precision(features) as features:
-            return layers[-1](features)
+        with full_precision(through(layers[:-1], features)) as features:
+            return through(layers[-1:], features)
 
 
 def activation(of: Callable[[], nn.Module] | str) -> Callable[[], nn.Module]:
