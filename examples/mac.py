@@ -4,6 +4,7 @@
     python examples/mac.py preset=cpu                        # small networks, for two CPU cores
     python examples/mac.py task=scene task_id=4 seed=1 wandb=online
     python examples/mac.py task=puzzle-3x3-oraclerep         # goal-conditioned, five tasks at once
+    python examples/mac.py policy=one_step                   # ablation: a student without a teacher
 
 Every setting is in configs/mac/. The dataset must be in `data_dir`:
 `torchrl-mac-data generate cube-single-play-v0 --out data`.
@@ -67,6 +68,7 @@ def make_losses(
     flow = FlowMatchingPolicy(velocity, D, cfg.flow_steps, in_keys=noisy).to(run.device)
     student = network(S + D, D, cfg.policy_cells)
     policy = OneStepPolicy(student, D, in_keys=noisy).to(run.device)
+    candidates = flow if cfg.policy == "flow" else policy
 
     # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
     world_model = ChunkedWorldModel(
@@ -83,7 +85,7 @@ def make_losses(
 
     # The best of N chunks, in imagination and in the simulator
     imagined, acting = (
-        FlowRejectionActor(policy, qvalue, num_candidates=N, transform=transform, **chunked)
+        FlowRejectionActor(candidates, qvalue, num_candidates=N, transform=transform, **chunked)
         for N, transform in (
             (cfg.num_candidates, None),
             (cfg.eval_num_candidates, run.normalisation(buffer)),
@@ -100,7 +102,7 @@ def make_losses(
     )
     values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     losses = {
-        "behaviour": FlowBCLoss(flow, policy),
+        "behaviour": FlowBCLoss(flow, policy, teacher=cfg.policy != "one_step"),
         "world_model": ChunkedWorldModelLoss(world_model),
         "values": values,
     }

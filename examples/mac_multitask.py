@@ -64,6 +64,7 @@ def make_losses(
     flow = FlowMatchingPolicy(shared(S + D + 1, D, cfg.policy_cells), D, cfg.flow_steps)
     policy = OneStepPolicy(shared(S + D, D, cfg.policy_cells), D)
     flow, policy = flow.to(run.device), policy.to(run.device)
+    candidates = flow if cfg.policy == "flow" else policy
     dynamics = shared(S + D, S, cfg.dynamics_cells)
 
     # Rewards, ends and values of each
@@ -74,7 +75,7 @@ def make_losses(
     qvalue = ValueOperator(of_tasks(S + D, 1, cfg.value_cells), in_keys=keys)
 
     chunked = {"chunk_size": cfg.chunk_size}
-    imagined = FlowRejectionActor(policy, qvalue, num_candidates=cfg.num_candidates, **chunked)
+    imagined = FlowRejectionActor(candidates, qvalue, num_candidates=cfg.num_candidates, **chunked)
     values = ValueExpansionLoss(
         imagined,
         value,
@@ -85,13 +86,13 @@ def make_losses(
     )
     values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     losses = {
-        "behaviour": FlowBCLoss(flow, policy),
+        "behaviour": FlowBCLoss(flow, policy, teacher=cfg.policy != "one_step"),
         "world_model": ChunkedWorldModelLoss(world_model),
         "values": values,
     }
     acting = [
         FlowRejectionActor(
-            policy,
+            candidates,
             ValueOperator(qvalue.module.network(k), in_keys=keys),  # shares its memory
             num_candidates=cfg.eval_num_candidates,
             transform=run.normalisation(buffer),

@@ -15,7 +15,8 @@ from torchrl_mac.trainers import SealedCheckpoint
 
 OFFLINE = 6
 PHASE = "{{name: {name}, terms: [{terms}], num_updates: {updates}, batch_size: 8{more}}}"
-MAC_MODEL = ",".join(term for term in TERMS if term not in ("loss_value", "loss_qvalue"))
+MODEL, VALUES = "loss_dynamics,loss_reward,loss_termination", "loss_value,loss_qvalue"
+SINGLE_STEPS = ["chunk_size=1", "replan_interval=1", "num_members=3"]
 SCRIPTS = {
     "qc": ("qc", "loss_flow,loss_qvalue", ["num_candidates=2"]),
     "qc_fql": ("qc_fql", "loss_flow,loss_actor,loss_qvalue", []),
@@ -27,7 +28,11 @@ SCRIPTS = {
         ["chunk_size=5", "bc_alpha=0.01"],
     ),
     "mac": ("mac", ",".join(TERMS), ["replan_interval=10"]),
+    "mac_gaussian": ("mac_gaussian", f"loss_bc,{MODEL},{VALUES}", ["replan_interval=10"]),
+    "mac_fql": ("mac_fql", f"loss_flow,{MODEL},{VALUES},loss_actor", ["replan_interval=10"]),
+    "dreamer": ("dreamer", f"{MODEL},loss_actor,loss_value", SINGLE_STEPS),
 }
+CHUNK_SIZES = {"mac": 10, "mac_gaussian": 10, "mac_fql": 10, "fql": 1, "rlpd": 1, "dreamer": 1}
 
 
 def overrides_of(kind):
@@ -69,7 +74,7 @@ def test_a_run_that_is_killed_online_goes_on(kind, tmp_path, fork):
     states = [SealedCheckpoint.load_states(newest(path)) for path in (whole, parts)]
     stored = [str(state["hooks"]["online"]["recent"]) for state in states]
     assert stored[0] == stored[1]
-    assert load_policy(whole).chunk_size == {"fql": 1, "rlpd": 1, "mac": 10}.get(kind, 5)
+    assert load_policy(whole).chunk_size == CHUNK_SIZES.get(kind, 5)
 
 
 @pytest.mark.slow

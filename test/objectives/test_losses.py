@@ -80,6 +80,25 @@ class TestExactNumbers:
         student = loss.onestep_policy.module.network(torch.cat([s, z], 1))
         torch.testing.assert_close(out["loss_distillation"], F.mse_loss(student, x.clamp(-1, 1)))
 
+    def test_a_student_without_a_teacher(self):
+        loss, td = flow_bc(teacher=False), batch()
+        network, a = loss.onestep_policy.module.network, td["action"].flatten(1)
+        student = network(torch.cat([td["observation"], td["distillation_noise"]], 1))
+        out = loss(td)
+        torch.testing.assert_close(out["loss_distillation"], F.mse_loss(student, a))
+        # it is the flow matching of a flow whose one Euler step the student is
+        x0, flow = td["distillation_noise"], FlowMatchingPolicy(torch.nn.Identity(), D, 1)
+        flow.module.velocity = lambda s, x, t: network(torch.cat([s, x], 1)) - x
+        torch.testing.assert_close(flow(td["observation"], x0), student.clamp(-1, 1))
+        matching = FlowBCLoss(flow)
+        td.update({"flow_noise": x0, "flow_time": torch.zeros(B, 1)})
+        torch.testing.assert_close(matching(td)["loss_flow"], out["loss_distillation"])
+        out["loss_distillation"].backward()
+        for name, parameter in loss.named_parameters():
+            assert (parameter.grad is not None) == name.startswith("onestep_policy_params"), name
+        td["valid"] = torch.zeros(B, H, 1, dtype=torch.bool)
+        assert loss(td)["loss_distillation"] == 0
+
     def test_world_model(self):
         loss, td = model_loss(), batch()
         out = loss(td)

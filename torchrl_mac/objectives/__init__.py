@@ -1,9 +1,11 @@
 """The losses of MAC and of the Q-chunking family, as TorchRL loss modules."""
 
+from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
+from torchrl_mac.objectives.imagination import ImaginationLossBase
 from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
 from torchrl_mac.objectives.sac import ChunkedSACLoss
@@ -14,10 +16,12 @@ __all__ = [
     "ChunkedQValueLoss",
     "ChunkedSACLoss",
     "ChunkedWorldModelLoss",
+    "DreamerLoss",
     "FQLExpansionLoss",
     "FQLLoss",
     "FlowBCLoss",
     "GaussianBCLoss",
+    "ImaginationLossBase",
     "QValueLossBase",
     "RewardPenalty",
     "ValueExpansionLoss",

@@ -19,6 +19,7 @@ __all__ = [
     "condition_and_action",
     "flow_matching_error",
     "given_or_drawn",
+    "mean_of_valid",
     "ranking_with",
     "required",
     "same_shape",
@@ -105,8 +106,14 @@ def flow_matching_error(
         time = torch.rand_like(action[..., :1])
     same_shape(keys.flow_time, time, action[..., :1].shape)
     velocity = policy.velocity(condition, (1 - time) * noise + time * action, time)
-    error = (velocity - (action - noise)).square()
-    valid = tensordict.get(keys.valid, None)
+    return mean_of_valid((velocity - (action - noise)).square(), tensordict.get(keys.valid, None))
+
+
+def mean_of_valid(error: Tensor, valid: Tensor | None) -> Tensor:
+    """The errors of an action's coordinates ``[*, D]``, averaged, ``[*]``.
+
+    Those of actions that are not ``valid``, if it is there, count as 0.
+    """
     if valid is not None:
         steps = valid.flatten(error.ndim - 1).unsqueeze(-1)
         error = (error.unflatten(-1, (steps.shape[-2], -1)) * steps).flatten(-2)

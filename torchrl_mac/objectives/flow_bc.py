@@ -18,6 +18,7 @@ from torchrl_mac.objectives.common import (
     condition_and_action,
     flow_matching_error,
     given_or_drawn,
+    mean_of_valid,
 )
 
 __all__ = ["FlowBCLoss"]
@@ -38,11 +39,20 @@ class FlowBCLoss(LossModule):
     (https://arxiv.org/abs/2512.08108, https://arxiv.org/abs/2502.02538). The flow learns from
     the first term only and the student from the second only.
 
+    Without a ``teacher`` the student is a flow of its own with a single Euler step,
+    :math:`\pi_\omega(s, z) = z + v_\omega(s, z, 0)`, and flow matching at that step is regression
+    on the dataset's action, an ablation of MAC:
+
+    .. math::
+
+        \mathcal L_{distillation} = \| \pi_\omega(s, z) - a \|^2
+
     Args:
         flow_policy (FlowMatchingPolicy): the behaviour policy.
         onestep_policy (OneStepPolicy, optional): its student. Default: none, and no distillation.
 
     Keyword Args:
+        teacher (bool, optional): whether the student learns from the flow. Defaults to ``True``.
         sampling_dtype (torch.dtype, optional): the flow's own samples, which the student learns
             from, are drawn under autocast to this dtype. Defaults to none.
         reduction (str, optional): ``"none"``, ``"mean"`` or ``"sum"`` over the batch. Defaults to
@@ -53,7 +63,7 @@ class FlowBCLoss(LossModule):
     action, flat ``[*, D]`` or a chunk ``[*, h, A]`` with ``D = h * A``. Noise
     (``"flow_noise"`` and ``"distillation_noise"`` ``[*, D]``, ``"flow_time"`` ``[*, 1]``) is
     drawn unless the input has it. Where it says of a chunk's actions that they are not ``"valid"``
-    (bool ``[*, h, 1]``), the flow does not learn them; the average is over all of them, as in
+    (bool ``[*, h, 1]``), they are not learned; the average is over all of them, as in
     Q-chunking (https://arxiv.org/abs/2507.07969).
 
     Examples:
@@ -79,7 +89,7 @@ class FlowBCLoss(LossModule):
                 ``"goal"``.
             actor_goal (NestedKey): the entry of the input that it is. Defaults to
                 ``"actor_goal"``.
-            valid (NestedKey): optionally, which of a chunk's actions the flow learns.
+            valid (NestedKey): optionally, which of a chunk's actions are learned.
             flow_noise (NestedKey): optional noise of the flow term.
             flow_time (NestedKey): optional times of the flow term.
             distillation_noise (NestedKey): optional noise of the distillation term.
@@ -111,10 +121,12 @@ class FlowBCLoss(LossModule):
         flow_policy: FlowMatchingPolicy,
         onestep_policy: OneStepPolicy | None = None,
         *,
+        teacher: bool = True,
         sampling_dtype: torch.dtype | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        self.teacher = teacher
         self.sampling_dtype = sampling_dtype
         self.convert_to_functional(flow_policy, "flow_policy")
         if onestep_policy is None:
@@ -152,17 +164,21 @@ class FlowBCLoss(LossModule):
         return self._reduced(error, tensordict)
 
     def distillation_loss(self, tensordict: TensorDictBase) -> Tensor:
-        """The regression of the student on the flow's samples."""
+        """The regression of the student on the flow's samples or, without a teacher, the data."""
+        keys = self.tensor_keys
         condition, action = self._condition_and_action(tensordict, self.onestep_policy)
-        noise = given_or_drawn(tensordict, self.tensor_keys.distillation_noise, action)
+        noise = given_or_drawn(tensordict, keys.distillation_noise, action)
+        with self.onestep_policy_params.to_module(self.onestep_policy):
+            sample = self.onestep_policy(condition, noise, clamp=False)
+        if not self.teacher:
+            error = mean_of_valid((sample - action).square(), tensordict.get(keys.valid, None))
+            return self._reduced(error, tensordict)
         with (
             torch.no_grad(),
             autocast_to(self.sampling_dtype, noise.device),
             self.flow_policy_params.to_module(self.flow_policy),
         ):
             target = self.flow_policy(condition, noise)
-        with self.onestep_policy_params.to_module(self.onestep_policy):
-            sample = self.onestep_policy(condition, noise, clamp=False)
         return self._reduced((sample - target).square().mean(-1), tensordict)
 
     def _condition_and_action(

@@ -1,0 +1,126 @@
+"""MAC(FQL): MAC (https://arxiv.org/abs/2512.08108) with FQL in the place of rejection sampling.
+
+    python examples/mac_fql.py                                   # the paper's sizes, cube-single
+    python examples/mac_fql.py preset=cpu                        # small networks, for two CPU cores
+    python examples/mac_fql.py preset=cpu_goal task=cube-single-oraclerep
+
+An ablation of the paper's: on imagined states a one-step policy stays close to the behaviour flow
+and maximises Q (https://arxiv.org/abs/2502.02538); it acts, in imagination and in the simulator.
+Every setting is in configs/mac_fql/. The dataset must be in `data_dir`:
+`torchrl-mac-data generate cube-single-play-v0 --out data`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import hydra
+from omegaconf import DictConfig
+from torchrl.envs import RewardScaling
+from torchrl.modules import ValueOperator
+from torchrl.objectives import LossModule, SoftUpdate
+
+from torchrl_mac.data import GoalDistribution, OGBenchExperienceReplay
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    FlowMatchingPolicy,
+    NormedMLP,
+    OneStepPolicy,
+    PolicyActor,
+)
+from torchrl_mac.objectives import ChunkedWorldModelLoss, FlowBCLoss, FQLExpansionLoss
+from torchrl_mac.trainers.experiment import Experiment
+
+
+def make_buffer(cfg: DictConfig, run: Experiment, split: str) -> OGBenchExperienceReplay:
+    """The dataset as (s_t, a_t ... a_{t+h-1}, r, s_{t+h}) and goals, if any, normalised."""
+    if run.is_goal_conditioned:
+        goals = {key: GoalDistribution(**of) for key, of in cfg.goals.items()}
+        labels = {"goals": goals, "negative_reward": cfg.negative_reward}
+        return run.dataset(split, chunk_size=cfg.chunk_size, gamma=cfg.gamma, **labels)
+    # the mean of a chunk's discounted rewards, in place of their sum
+    mean = RewardScaling(loc=0.0, scale=1 / cfg.chunk_size, in_keys=[("next", "reward")])
+    return run.dataset(
+        split,
+        chunk_size=cfg.chunk_size,
+        gamma=cfg.gamma,
+        ignore_terminated=cfg.ignore_terminated,
+        transforms=[mean] if cfg.average_rewards else [],
+    )
+
+
+def make_losses(
+    cfg: DictConfig, run: Experiment, buffer: OGBenchExperienceReplay
+) -> tuple[dict[str, LossModule], PolicyActor]:
+    """The networks and what trains them; also the actor for the simulator's raw observations."""
+    network = partial(NormedMLP, activation_class=cfg.activation, device=run.device)
+    chunked = {"chunk_size": cfg.chunk_size}
+    O = buffer.observation_spec["observation"].shape[-1]  # noqa: E741
+    D = cfg.chunk_size * buffer.action_spec.shape[-1]  # the numbers of a chunk
+    S, state, goal_key = O, ["observation"], None
+    if run.is_goal_conditioned:
+        goal_key = "goal"
+        S, state = O + buffer.goal_spec.shape[-1], [*state, goal_key]
+
+    # Behaviour: a flow over chunks; and the one-step policy that is improved
+    noisy = [*state, "noise"]
+    velocity = network(S + D + 1, D, cfg.policy_cells)
+    flow = FlowMatchingPolicy(velocity, D, cfg.flow_steps, in_keys=noisy).to(run.device)
+    onestep = network(S + D, D, cfg.policy_cells)
+    policy = OneStepPolicy(onestep, D, in_keys=noisy).to(run.device)
+
+    # World model: the state h steps ahead, the chunk's reward, whether the task ends in it
+    world_model = ChunkedWorldModel(
+        network(O + D, O, cfg.dynamics_cells),
+        network(S + D, 1, cfg.head_cells),
+        network(S + D, 1, cfg.head_cells),
+        goal_key=goal_key,
+        negative_reward=cfg.negative_reward if goal_key else None,
+    )
+
+    # Values: V(s), and Q(s, chunk) to improve the policy by
+    value = ValueOperator(network(S, 1, cfg.value_cells), in_keys=state)
+    qvalue = ValueOperator(network(S + D, 1, cfg.value_cells), in_keys=[*state, "action"])
+
+    # The policy, in imagination and in the simulator
+    imagined, acting = (
+        PolicyActor(policy, transform=transform, **chunked)
+        for transform in (None, run.normalisation(buffer))
+    )
+
+    values = FQLExpansionLoss(
+        flow,
+        imagined,
+        value,
+        qvalue,
+        world_model,
+        alpha=cfg.alpha,
+        imagination_horizon=cfg.imagination_horizon,
+        ignore_terminated=cfg.ignore_imagined_terminated,
+    )
+    values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    losses = {
+        "behaviour": FlowBCLoss(flow),
+        "world_model": ChunkedWorldModelLoss(world_model),
+        "values": values,
+    }
+    return losses, acting
+
+
+@hydra.main(config_path="../configs/mac_fql", config_name="mac_fql", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Trains, evaluates and reports; the same command goes on where it was interrupted."""
+    with Experiment(cfg, fixed=["average_rewards"]) as run:
+        train, validation = (make_buffer(cfg, run, split) for split in ("train", "val"))
+        losses, actor = make_losses(cfg, run, train)
+        run.train(
+            losses,
+            train,
+            actor,
+            validation_buffer=validation,
+            target_updaters=SoftUpdate(losses["values"], tau=cfg.tau),
+        )
+
+
+if __name__ == "__main__":
+    main()
