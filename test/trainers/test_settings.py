@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torchrl._utils import logger as torchrl_logger
 
+from torchrl_mac.envs import env_maker
 from torchrl_mac.trainers import experiment
 from torchrl_mac.trainers.online import online_phases
-from torchrl_mac.trainers.settings import _RULES, check_settings
+from torchrl_mac.trainers.settings import _RULES, check_settings, check_widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -96,18 +97,17 @@ def test_a_device_that_is_not_there():
 
 
 def test_data_of_another_width_is_refused():
-    run = object.__new__(experiment.Experiment)
-    run.cfg = OmegaConf.create({"dataset": "pointmaze-medium-navigate-singletask-task1-v0"})
+    make_env = env_maker("pointmaze-medium-navigate-singletask-task1-v0")
 
     class Data:
         data_path = "data/memmap"
         metadata = {"observation_dim": 2, "action_dim": 2}  # noqa: RUF012
 
-    run._check_widths(Data)
+    check_widths(Data, make_env)
     for name in ("observation", "action"):
         Data.metadata = {"observation_dim": 2, "action_dim": 2, f"{name}_dim": 1}
         with pytest.raises(ValueError, match=rf"data/memmap has {name}s of 1 numbers.* have 2"):
-            run._check_widths(Data)
+            check_widths(Data, make_env)
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torchrl.envs import EnvBase
 
+from torchrl_mac.data import ActionChunkExperienceReplay
 from torchrl_mac.datasets import OGBenchName
 
-__all__ = ["check_settings", "resolve_task"]
+__all__ = ["check_settings", "check_widths", "resolve_task"]
 
 Rule = Callable[[Any], str | None]  # what a value must be, if it is not
 
@@ -187,3 +189,25 @@ def resolve_task(dataset: str, task_id: int | str | None) -> OGBenchName:
             f"dataset={dataset} contradicts task_id={task_id}: choose by task_id alone."
         )
     return name
+
+
+def check_widths(data: ActionChunkExperienceReplay, make_env: Callable[[], EnvBase]) -> None:
+    """Whether the environment's observations and actions are as wide as the dataset's.
+
+    Args:
+        data (ActionChunkExperienceReplay): the dataset.
+        make_env (callable): builds the environment.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    env = make_env()
+    specs = {"observation": env.observation_spec["observation"], "action": env.action_spec}
+    env.close()
+    for name, spec in specs.items():
+        width = data.metadata[f"{name}_dim"]
+        if spec.shape[-1] != width:
+            raise ValueError(
+                f"{data.data_path} has {name}s of {width} numbers, those of the environment have "
+                f"{spec.shape[-1]}: it is another environment's data."
+            )
