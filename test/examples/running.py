@@ -16,7 +16,9 @@ from torchrl_mac.datasets import generate_dataset
 ROOT = Path(__file__).parents[2]
 TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
 TERMS += [f"loss_{term}" for term in ("termination", "value", "qvalue")]
-MAC_ONLY = ("chunk_size=10", "dynamics_cells=[16,16]", "head_cells=[16]")
+MODEL = ("dynamics_cells=[16,16]", "head_cells=[16]")
+OF_SCRIPT = {"mac": ("chunk_size=10", *MODEL), "mopo": MODEL, "mobile": MODEL}
+OF_SCRIPT["mac_multitask"] = OF_SCRIPT["mac"]
 ONE_EPISODE = ["eval_episodes=1", "eval_num_envs=1"]
 
 
@@ -55,7 +57,7 @@ def arguments(data, output, overrides, example="mac", flags=()):
         *("preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "log_interval=5"),
         *("policy_cells=[16,16]", "value_cells=[16]"),
-        *(MAC_ONLY if example.startswith("mac") else ("task=cube-single",)),
+        *OF_SCRIPT.get(example, ("task=cube-single",)),
         *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
         *overrides,
     ]
