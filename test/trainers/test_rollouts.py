@@ -202,7 +202,7 @@ def test_the_model_learns_from_real_rows_alone(compiled):
     loss.set_keys(priority_weight="weight")
     batch = MixedReplayBuffer([real, imagined], [0.25, 0.75]).sample(16)
     assert batch["weight"].tolist() == [1.0] * 4 + [0.0] * 12
-    expected = {key: float(value) for key, value in loss(batch[:4].exclude("weight")).items()}
+    expected = {key: value.item() for key, value in loss(batch[:4].exclude("weight")).items()}
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3, fused=True)
     update = LossUpdate([loss], optimizer, compile={"backend": "aot_eager"} if compiled else False)
     found = update(batch)
