@@ -89,13 +89,15 @@ def test_composition(tmp_path, monkeypatch):
     write_robot(tmp_path)
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(COMPOSITION)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(COMPOSITION), "exec"), names)
     assert names["batch"]["action"].shape == (256, 10)
     assert names["chunk"].shape == (256, 5, 2) and names["value"].shape == (256, 1)
     assert names["rollout"]["action"].shape == (2, 10)
+    assert names["trainer"].updates == 10
+    assert names["imagined"][:]["action"].shape[1:] == (10,)
 
 
 def test_readme_names_files_that_exist():

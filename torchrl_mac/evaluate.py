@@ -15,7 +15,7 @@ if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by T
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 from torchrl_mac.datasets import NUM_TASKS, OGBenchName
-from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.envs import env_maker
 from torchrl_mac.modules import FlowRejectionActor, save_policy
 from torchrl_mac.trainers import EpisodeEvaluator, load_policy_and_metadata, write_video
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Evaluates a trained actor in OGBench's simulator. Settings that are not given "
+        description="Evaluates a trained actor in its environment. Settings that are not given "
         "are those it was trained with.",
     )
     parser.add_argument(
@@ -83,7 +83,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     task = args.task or settings.get("dataset")
     if task is None:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on: give --task.")
-    name = OGBenchName.parse(task)
+    env_id = None if args.task else settings.get("env_id")
+    several = env_id is None and OGBenchName.parse(task).mode != "singletask"
+    make_env = partial(env_maker, task, env_id)
     if args.num_candidates is not None:
         if not isinstance(actor, FlowRejectionActor):
             raise ValueError(f"--num-candidates: a {type(actor).__name__} has no candidates.")
@@ -91,9 +93,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.export is not None:
         save_policy(actor, args.export, settings)
     evaluator = EpisodeEvaluator(
-        partial(OGBenchEnv, name, device="cpu" if args.workers else args.device),
+        make_env(device="cpu" if args.workers else args.device),
         actor,
-        task_ids=None if name.mode == "singletask" else range(1, NUM_TASKS + 1),
+        task_ids=range(1, NUM_TASKS + 1) if several else None,
         num_episodes=args.episodes or 1,
         num_envs=args.num_envs,
         num_workers=args.workers,
@@ -105,8 +107,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             about = {"task": task, "episodes": args.episodes, "seed": args.seed}
             sys.stdout.write(json.dumps({**about, **evaluator()}, indent=1) + "\n")
         if args.video is not None:
-            make_env = partial(OGBenchEnv, name, device=args.device, from_pixels=True)
-            write_video(args.video, evaluator.record(make_env, args.video_episodes))
+            filming = make_env(device=args.device, from_pixels=True)
+            write_video(args.video, evaluator.record(filming, args.video_episodes))
     finally:
         evaluator.close()
 

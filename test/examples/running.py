@@ -16,7 +16,12 @@ from torchrl_mac.datasets import generate_dataset
 ROOT = Path(__file__).parents[2]
 TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
 TERMS += [f"loss_{term}" for term in ("termination", "value", "qvalue")]
-MODEL_BASED = ("chunk_size=10", "dynamics_cells=[16,16]", "head_cells=[16]")
+MODEL = ("dynamics_cells=[16,16]", "head_cells=[16]")
+OF_SCRIPT = {script: MODEL for script in ("mopo", "mobile")}
+OF_SCRIPT |= {
+    script: ("chunk_size=10", *MODEL)
+    for script in ("mac", "mac_multitask", "mac_gaussian", "mac_fql", "dreamer")
+}
 ONE_EPISODE = ["eval_episodes=1", "eval_num_envs=1"]
 
 
@@ -55,7 +60,7 @@ def arguments(data, output, overrides, example="mac", flags=()):
         *("preset=cpu", f"data_dir={data}"),
         *(f"hydra.run.dir={output}", "num_threads=1", "log_interval=5"),
         *("policy_cells=[16,16]", "value_cells=[16]"),
-        *(MODEL_BASED if example.startswith(("mac", "dreamer")) else ("task=cube-single",)),
+        *OF_SCRIPT.get(example, ("task=cube-single",)),
         *("eval_episodes=2", "eval_num_envs=2", "eval_interim_episodes=1", "video_episodes=0"),
         *overrides,
     ]

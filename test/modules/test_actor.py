@@ -64,6 +64,18 @@ class TestPolicyActor:
         flat = PolicyActor(inner, action_key=("a", "flat"))
         assert flat(td)["a", "flat"].shape == (5, D)
 
+    def test_the_mode_of_a_gaussian(self, tmp_path):
+        network = NormedMLP(OBS, 2 * D, [8])
+        inner, norm = TanhGaussianPolicy(network, D), make_norm()
+        actor = PolicyActor(inner, chunk_size=H, deterministic=True, transform=norm)
+        td = TensorDict(observation=torch.randn(5, OBS), batch_size=[5])
+        mean = network(td["observation"] * norm.scale + norm.loc)[:, :D]
+        torch.testing.assert_close(actor(td.clone())["action"].flatten(1), mean.tanh())
+        noisy = actor(td.clone().set("noise", torch.ones(5, D)))["action"]
+        assert not torch.equal(noisy, actor(td.clone())["action"])  # noise that is given counts
+        again = load_policy(save_policy(actor, tmp_path / "policy"))
+        assert torch.equal(again(td.clone())["action"], actor(td.clone())["action"])
+
     def test_is_exported(self, tmp_path):
         actor = PolicyActor(policy(low=-0.5, high=0.25), chunk_size=H, transform=make_norm())
         again = load_policy(save_policy(actor, tmp_path / "policy", {"dataset": "x"}))

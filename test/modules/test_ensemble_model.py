@@ -96,6 +96,19 @@ def test_members_disagree():
     torch.testing.assert_close(model.max_deviation(td["observation"], td["action"]), expected)
 
 
+def test_errors_of_members():
+    model, td = make_model(), batch()
+    mean, _ = moments(model, td)
+    following = td["next", "observation"]
+    expected = torch.empty(E, B)
+    for e in range(E):
+        for b in range(B):
+            off = td["observation"][b] + mean[e, b] - following[b]
+            expected[e, b] = sum(float(x) ** 2 for x in off) / OBS
+    found = model.member_errors(td["observation"], td["action"], following)
+    torch.testing.assert_close(found, expected)
+
+
 def test_it_is_a_world_model_like_any_other():
     model = make_model()
     torch.nn.init.constant_(model.termination_network.layers[-1].bias, -100.0)  # nothing ends

@@ -1,5 +1,6 @@
-"""Environments: OGBench's own, two that answer from a world model instead, and imagination."""
+"""Environments: OGBench's, Gymnasium's, two that answer from a world model, and imagination."""
 
+from torchrl_mac.envs.gym import GymnasiumEnv, env_maker
 from torchrl_mac.envs.imagination import imagine
 from torchrl_mac.envs.ogbench import OGBenchEnv
 from torchrl_mac.envs.resumable import ResumableEpisodes
@@ -9,7 +10,9 @@ from torchrl_mac.envs.world_model_transform import ChunkedWorldModelTransform
 __all__ = [
     "ChunkedWorldModelEnv",
     "ChunkedWorldModelTransform",
+    "GymnasiumEnv",
     "OGBenchEnv",
     "ResumableEpisodes",
+    "env_maker",
     "imagine",
 ]

@@ -95,6 +95,8 @@ class PolicyActor(ChunkActor):
         policy (TensorDictModule): writes an action ``[*, D]`` as the first of its ``out_keys``.
 
     Keyword Args:
+        deterministic (bool, optional): whether noise that is not given is zero, which makes the
+            mode of a squashed Gaussian. Defaults to ``False``: the policy draws it.
         **kwargs: those of :class:`ChunkActor`: ``chunk_size``, ``action_key``, ``noise_key`` (of
             noise ``[*, D]``) and ``transform``.
 
@@ -108,20 +110,27 @@ class PolicyActor(ChunkActor):
         torch.Size([3, 10, 2])
     """
 
-    def __init__(self, policy: TensorDictModuleBase, **kwargs: Any) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, *, deterministic: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.policy = policy
+        self.deterministic = deterministic
         self.in_keys = [key for key in policy.in_keys if key != self.noise_key]
         self.out_keys = [self.action_key]
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"policy": self.policy, **super().config()}
+        own = {"policy": self.policy, "deterministic": self.deterministic}
+        return {**own, **super().config()}
 
     @dispatch(source="_read_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the policy's action."""
         inputs, noise = self._read(tensordict), tensordict.get(self.noise_key, None)
+        if noise is None and self.deterministic:
+            state = inputs.get(self.in_keys[0])
+            noise = state.new_zeros(*state.shape[:-1], self.policy.action_dim)
         if noise is not None:
             inputs.set(self.noise_key, noise)
         action = self.policy(inputs).get(self.policy.out_keys[0])

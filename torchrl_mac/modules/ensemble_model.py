@@ -97,6 +97,11 @@ class EnsembleWorldModel(ChunkedWorldModel):
         change = following - observation
         return -self.dynamics_network.log_prob(change, observation, action).mean(0)
 
+    def member_errors(self, observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+        """The squared error of each member's mean, averaged over coordinates, ``[E, *]``."""
+        mean, _ = self.dynamics_network(observation, action)
+        return (observation + mean - following).square().mean(-1)
+
     def sample_members(
         self, observation: Tensor, action: Tensor, noise: Tensor | None = None
     ) -> Tensor:

@@ -4,6 +4,7 @@ from torchrl_mac.trainers.checkpoint import SealedCheckpoint
 from torchrl_mac.trainers.collection import CollectionHook
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.early_stopping import EarlyStopping
+from torchrl_mac.trainers.elites import EliteHook
 from torchrl_mac.trainers.evaluation import EpisodeEvaluator, Evaluation
 from torchrl_mac.trainers.hooks import ModelRolloutHook, TrainerHook
 from torchrl_mac.trainers.logs import JSONLinesLogger, rewind
@@ -20,6 +21,7 @@ from torchrl_mac.trainers.update import LossUpdate, Precision, TargetOrder
 __all__ = [
     "CollectionHook",
     "EarlyStopping",
+    "EliteHook",
     "EpisodeEvaluator",
     "Evaluation",
     "JSONLinesLogger",

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-__all__ = ["join_group"]
+__all__ = ["join_group", "mean_of_processes"]
 
 
 def join_group(device: str | None = None) -> tuple[int, torch.device]:
@@ -35,3 +35,12 @@ def join_group(device: str | None = None) -> tuple[int, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return dist.get_rank(), chosen
+
+
+def mean_of_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes of what each has measured; alone, ``value`` itself."""
+    if not dist.is_initialized():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -15,7 +15,7 @@ from torchrl_mac.modules import ChunkActor
 
 __all__ = ["EpisodeRunner"]
 
-_MAX_STEPS = 10_000  # every OGBench episode is truncated long before
+_MAX_STEPS = 10_000  # every OGBench episode is truncated long before; others may not be
 
 
 class EpisodeRunner:
@@ -90,19 +90,21 @@ class EpisodeRunner:
 
     def measure(
         self, seed: int, task_id: int | None = None, actor: ChunkActor | None = None
-    ) -> list[tuple[float, float, float]]:
-        """Success, return and length of each episode."""
-        return [
-            (
-                float(episode["next", "success"].any()),
-                float(episode["next", "reward"].sum()),
-                float(len(episode)),
-            )
-            for episode in self.run(seed, task_id, actor)
-        ]
+    ) -> list[dict[str, float]]:
+        """Return and length of each episode, and success, if the environment speaks of it."""
+        return [_measured(episode) for episode in self.run(seed, task_id, actor)]
 
     def close(self) -> None:
         """Closes the environments; they are built again when needed."""
         if self._env is not None:
             self._env.close()
             self._env = None
+
+
+def _measured(episode: TensorDictBase) -> dict[str, float]:
+    success = episode.get(("next", "success"), None)
+    return {
+        **({} if success is None else {"success_rate": float(success.any())}),
+        "episode_return": float(episode.get(("next", "reward")).sum()),
+        "episode_length": float(len(episode)),
+    }

@@ -35,7 +35,7 @@ class EpisodeEvaluator:
     many ``missing_episodes`` it has.
 
     Args:
-        make_env (callable): builds one environment, which reports ``"success"``.
+        make_env (callable): builds one environment.
         actor (ChunkActor): writes chunks of ``actor.chunk_size`` actions.
 
     Keyword Args:
@@ -112,8 +112,9 @@ class EpisodeEvaluator:
         """Runs all episodes, or the first ``num_episodes`` of them, of each task.
 
         Returns:
-            the means ``success_rate``, ``episode_return`` and ``episode_length``; of several tasks
-            those of each, as ``task1/success_rate``, and their means over the tasks.
+            the means ``episode_return``, ``episode_length`` and, where the environment writes
+            ``"success"``, ``success_rate``; of several tasks those of each, as
+            ``task1/success_rate``, and their means over the tasks.
         """
         return self.submit(num_episodes).result()
 
@@ -239,12 +240,8 @@ class Evaluation:
                     raise RuntimeError(f"No episode could be run: {errors[0]}") from errors[0]
                 missing += self._num_episodes - len(episodes)
                 torchrl_logger.warning(f"The evaluation is incomplete: {errors[0]!r}")
-            for name, values in zip(
-                ("success_rate", "episode_return", "episode_length"),
-                zip(*episodes, strict=True),
-                strict=True,
-            ):
-                metrics[prefix + name] = fmean(values)
+            for name in episodes[0]:
+                metrics[prefix + name] = fmean(episode[name] for episode in episodes)
         if "" not in self._tasks:
             names = dict.fromkeys(name.split("/")[1] for name in metrics)
             metrics = {
@@ -261,6 +258,6 @@ class _Measure:
 
     def __call__(
         self, seed: int, task_id: int | None, state: dict[str, Any]
-    ) -> list[tuple[float, float, float]]:
+    ) -> list[dict[str, float]]:
         self.runner.actor.load_state_dict(state)
         return self.runner.measure(seed, task_id)

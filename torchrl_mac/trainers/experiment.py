@@ -21,9 +21,10 @@ from torchrl.objectives import LossModule
 from torchrl.record import CSVLogger, WandbLogger
 from torchrl.record.loggers import Logger
 
-from torchrl_mac.data import OGBenchExperienceReplay
+from torchrl_mac.data import ActionChunkExperienceReplay, OGBenchExperienceReplay
 from torchrl_mac.datasets import NUM_TASKS
-from torchrl_mac.envs import OGBenchEnv
+from torchrl_mac.datasets.trajectories import TrajectorySource
+from torchrl_mac.envs import env_maker
 from torchrl_mac.modules import ChunkActor, save_policy
 from torchrl_mac.trainers.distributed import join_group
 from torchrl_mac.trainers.evaluation import EpisodeEvaluator
@@ -33,22 +34,23 @@ from torchrl_mac.trainers.phase import Phase
 from torchrl_mac.trainers.report import plot_curves, write_summary
 from torchrl_mac.trainers.run import RunFolder
 from torchrl_mac.trainers.run_checkpoints import RunCheckpoints
-from torchrl_mac.trainers.settings import check_settings, resolve_task
+from torchrl_mac.trainers.settings import check_settings, check_widths, resolve_task
 from torchrl_mac.trainers.trainer import PhaseTrainer
 
 __all__ = ["Experiment"]
 
 _SWITCHES = ("compile", "cudagraphs", "precision", "max_grad_norm")  # of every update
-_FIXED = ("dataset", "dataset_digest", "task_ids", "seed", "chunk_size", "activation")
+_FIXED = ("dataset", "dataset_digest", "env_id", "task_ids", "seed", "chunk_size", "activation")
 
 
 class Experiment(contextlib.AbstractContextManager):
     """A run of a script: seeds, data, logs, checkpoints, evaluation and the report.
 
     Every script's settings have those that this class reads, explained in ``configs/mac/mac.yaml``:
-    all that stands under "Run", "Evaluation" and the first part of "Data", and ``phases``. The
-    folder of results is Hydra's output folder; nothing is written to it before :meth:`trainer` is
-    called, so that settings and data that are not valid leave no trace.
+    all that stands under "Run", "Evaluation" and the first part of "Data", and ``phases``. With
+    ``env_id`` the environment is Gymnasium's of that id, and ``dataset`` one's own, a file of that
+    name in ``data_dir``. The folder of results is Hydra's output folder; nothing is written to it
+    before :meth:`trainer` is called, so that settings and data that are not valid leave no trace.
 
     Args:
         cfg (DictConfig): the settings.
@@ -65,12 +67,12 @@ class Experiment(contextlib.AbstractContextManager):
         self.cfg = cfg
         check_settings({**self.settings, "resume": cfg.resume})
         _ = self.phases  # or an error
-        self.task = resolve_task(cfg.dataset, cfg.task_id)
+        self.task = None if self.env_id else resolve_task(cfg.dataset, cfg.task_id)
         self.online = online_phases(self.settings)
-        if self.online is not None and self.is_goal_conditioned:
+        if self.online is not None and (self.is_goal_conditioned or self.env_id):
             raise ValueError(
                 f"online.frames={cfg.online.frames} cannot be with {cfg.dataset}: only a single "
-                "task is learned online."
+                "task of OGBench is learned online."
             )
         self.fixed = [*_FIXED, *fixed, *(str(key) for key in cfg if str(key).endswith("_cells"))]
         self.rank, self.device = join_group(cfg.device)
@@ -89,7 +91,17 @@ class Experiment(contextlib.AbstractContextManager):
     @property
     def is_goal_conditioned(self) -> bool:
         """Whether one agent learns all tasks of the environment, told which by a goal."""
-        return self.task.mode == "oraclerep"
+        return self.task is not None and self.task.mode == "oraclerep"
+
+    @property
+    def env_id(self) -> str | None:
+        """Gymnasium's id of the environment, if it is none of OGBench's."""
+        return self.settings.get("env_id")
+
+    @property
+    def score(self) -> str:
+        """The metric that counts: the rate of success, or the return where there is no success."""
+        return "episode_return" if self.env_id else "success_rate"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -117,7 +129,7 @@ class Experiment(contextlib.AbstractContextManager):
         dataset: str | None = None,
         transforms: Sequence[Transform] = (),
         **kwargs: Any,
-    ) -> OGBenchExperienceReplay:
+    ) -> ActionChunkExperienceReplay:
         """A split of the dataset as a replay buffer, normalised as the setting ``normalize`` says.
 
         Args:
@@ -126,29 +138,33 @@ class Experiment(contextlib.AbstractContextManager):
         Keyword Args:
             dataset (str, optional): another one than the settings'.
             transforms (sequence of Transform, optional): applied to samples after normalisation.
-            **kwargs: of :class:`~torchrl_mac.data.OGBenchExperienceReplay`.
+            **kwargs: of :class:`~torchrl_mac.data.ActionChunkExperienceReplay`.
         """
-        cfg = self.cfg
-        buffer = OGBenchExperienceReplay(
-            dataset or cfg.dataset,
+        cfg, name = self.cfg, dataset or self.cfg.dataset
+        kind = ActionChunkExperienceReplay if self.env_id else OGBenchExperienceReplay
+        source = [Path(cfg.data_dir)]
+        if self.env_id:
+            source = [path for path in TrajectorySource.find(source[0]) if path.stem == name]
+        buffer = kind(
+            name,
             self.all_phases[0].batch_size if cfg.prefetch else None,  # what is drawn ahead at first
             root=cfg.root,
-            source=cfg.data_dir,
+            source=source,
             split=split,
             device=self.device if cfg.data_on_device else "cpu",
             prefetch=cfg.prefetch or None,
             generator=torch.Generator().manual_seed(cfg.seed + 2**32 * self.rank),
             **kwargs,
         )
-        if kind := self._normalize:
-            buffer.append_transform(buffer.observation_norm(kind))
+        if norm := self._normalize:
+            buffer.append_transform(buffer.observation_norm(norm))
             if self.is_goal_conditioned:
-                buffer.append_transform(buffer.goal_norm(kind))
+                buffer.append_transform(buffer.goal_norm(norm))
         for transform in (*transforms, DeviceCastTransform(self.device)):
             buffer.append_transform(transform)
         return buffer
 
-    def normalisation(self, buffer: OGBenchExperienceReplay) -> Compose:
+    def normalisation(self, buffer: ActionChunkExperienceReplay) -> Compose:
         """What makes an actor of normalised observations, and goals, one of the simulator's."""
         norms, kind = [], self._normalize
         if kind:
@@ -230,6 +246,7 @@ class Experiment(contextlib.AbstractContextManager):
             config={**self.settings, "dataset_digest": digest},
             fixed=self.fixed,
             keep_last=cfg.keep_checkpoints,
+            keep_best=self.score,
             interval=cfg.checkpoint_interval,
             # processes of torchrun must agree, so not by the clock
             interval_seconds=math.inf if distributed else cfg.checkpoint_seconds,
@@ -269,7 +286,7 @@ class Experiment(contextlib.AbstractContextManager):
         cfg = self.cfg
         device = "cpu" if cfg.eval_workers else self.device
         evaluator = EpisodeEvaluator(
-            partial(OGBenchEnv, dataset or cfg.dataset, device=device),
+            env_maker(dataset or cfg.dataset, self.env_id, device=device),
             actor,
             task_ids=range(1, NUM_TASKS + 1) if self.is_goal_conditioned else None,
             num_episodes=cfg.eval_episodes,
@@ -287,7 +304,7 @@ class Experiment(contextlib.AbstractContextManager):
         buffer: ReplayBuffer,
         actor: ChunkActor,
         *,
-        dataset: OGBenchExperienceReplay | None = None,
+        dataset: ActionChunkExperienceReplay | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Trains, evaluates and reports; goes on where the run was interrupted.
@@ -298,22 +315,21 @@ class Experiment(contextlib.AbstractContextManager):
             actor (ChunkActor): for raw observations.
 
         Keyword Args:
-            dataset (OGBenchExperienceReplay, optional): the data behind ``buffer``, if that is not
-                the dataset itself.
+            dataset (ActionChunkExperienceReplay, optional): what ``buffer`` mixes with other data.
             **kwargs: of :class:`~torchrl_mac.trainers.PhaseTrainer`.
 
         Returns:
             the summary.
         """
         data: Any = buffer if dataset is None else dataset
-        self._check_widths(data)
+        check_widths(data, env_maker(self.cfg.dataset, self.env_id))
         evaluator = self.evaluator(actor)
         interim: Callable[..., Any] = partial(evaluator.submit, self.cfg.eval_interim_episodes)
         evaluations: dict[str, Any] = (
             {"evaluate": evaluator, "monitor": interim} if self.is_first else {}
         )
         if self.online is not None:
-            make_env = partial(OGBenchEnv, self.cfg.dataset)
+            make_env = env_maker(self.cfg.dataset)
             kwargs |= make_online(self.online, self.settings, data, actor, make_env)
         trainer = self.trainer(
             losses, buffer, digest=data.digest, actor=actor, **evaluations, **kwargs
@@ -323,29 +339,15 @@ class Experiment(contextlib.AbstractContextManager):
         if not self.is_first:
             return result
         summary = {
-            "success_rate": result.pop("success_rate"),  # of several tasks, their mean
+            self.score: result.pop(self.score),  # of several tasks, their mean
             **result,
             "task": self.cfg.dataset,
             "transitions": len(data),
         }
-        first = None if self.online is None else self.online.phases[0].name
-        border = None if first is None else trainer.progress.beginning(first)
-        borders = [border] if border else []
+        firsts = [] if self.online is None else [self.online.phases[0].name]
+        borders = [border for name in firsts if (border := trainer.progress.beginning(name))]
         policies = {"policy": (actor, self.cfg.dataset)}
         return self.report(summary, data.digest, policies, borders=borders)
-
-    def _check_widths(self, data: OGBenchExperienceReplay) -> None:
-        """Whether the simulator's observations and actions are as wide as the dataset's."""
-        env = OGBenchEnv(self.cfg.dataset)
-        specs = {"observation": env.observation_spec["observation"], "action": env.action_spec}
-        env.close()
-        for name, spec in specs.items():
-            width = data.metadata[f"{name}_dim"]
-            if spec.shape[-1] != width:
-                raise ValueError(
-                    f"{data.data_path} has {name}s of {width} numbers, those of {self.cfg.dataset} "
-                    f"have {spec.shape[-1]}: it is another environment's data."
-                )
 
     def report(
         self,
@@ -380,7 +382,7 @@ class Experiment(contextlib.AbstractContextManager):
         if cfg.video_episodes:
             self._record(path / next(iter(actors)), path / "evaluation.mp4")
         torchrl_logger.info(
-            f"Success rate {whole['success_rate']:.2f} over {cfg.eval_episodes} episodes of "
+            f"{self.score} {whole[self.score]:.4g} over {cfg.eval_episodes} episodes of "
             f"{cfg.dataset}; summary, curves and video are in {path}"
         )
         return whole

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -89,6 +90,9 @@ class ModelRolloutHook(TrainerHook):
         process (callable, optional): changes a rollout ``[num_starts, horizon]`` before it is
             stored, such as a penalty on its rewards. Defaults to none.
         chunk (int, optional): how many rollouts are imagined at a time. Defaults to ``num_starts``.
+        goals (sequence of NestedKey, optional): the goals of samples, which their transitions have
+            as well. Actor and model pursue the first one, as the model's ``goal_key``. Defaults to
+            none.
 
     Raises:
         ValueError: if a number is smaller than 1.
@@ -107,6 +111,7 @@ class ModelRolloutHook(TrainerHook):
         phases: Collection[str] | None = None,
         process: Callable[[TensorDictBase], TensorDictBase] | None = None,
         chunk: int | None = None,
+        goals: Sequence[NestedKey] = (),
     ) -> None:
         chunk = num_starts if chunk is None else chunk
         numbers = {"interval": interval, "num_starts": num_starts, "horizon": horizon}
@@ -123,6 +128,7 @@ class ModelRolloutHook(TrainerHook):
         self.phases = phases
         self.process = process
         self.chunk = chunk
+        self.goals = list(goals)
 
     def before_update(self, progress: Progress) -> None:
         """Imagines, if it is time."""
@@ -138,9 +144,11 @@ class ModelRolloutHook(TrainerHook):
     @torch.no_grad()
     def _imagine(self, num_starts: int) -> None:
         batch = self.source.sample(num_starts)
+        if self.goals:
+            batch.set(self.world_model.goal_key, batch.get(self.goals[0]))
         written = {*self.actor.out_keys, *self.world_model.out_keys}
         read = dict.fromkeys([*self.actor.in_keys, *self.world_model.in_keys])
-        start = batch.select(*(key for key in read if key not in written))
+        start = batch.select(*(key for key in read if key not in written), *self.goals)
         with set_exploration_type(ExplorationType.RANDOM):
             rollout = imagine(self.actor, self.world_model, start, self.horizon)
         if self.process is not None:

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
+from torchrl_mac.trainers.distributed import mean_of_processes
 from torchrl_mac.trainers.early_stopping import EarlyStopping, StoppingState
 from torchrl_mac.trainers.optimizer import make_adam, parameter_groups, parameter_names
 from torchrl_mac.trainers.update import LossUpdate
@@ -254,7 +255,9 @@ class PhaseTraining(contextlib.AbstractContextManager):
             terms, metrics = self.validate(validation_buffer)
             value = sum(terms) if settings.metric is None else metrics[settings.metric]
             values.append(float(value))
-        return stopping.note(fmean(values), self.parameters)
+        device = self.update.guard.counts.device
+        value = torch.tensor(fmean(values), dtype=torch.float64, device=device)
+        return stopping.note(float(mean_of_processes(value)), self.parameters)
 
     def moments(self) -> dict[str, dict[str, Any]]:
         """Adam's state of each parameter that has one, by name."""

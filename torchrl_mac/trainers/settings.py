@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torchrl.envs import EnvBase
 
+from torchrl_mac.data import ActionChunkExperienceReplay
 from torchrl_mac.datasets import OGBenchName
 
-__all__ = ["check_settings", "resolve_task"]
+__all__ = ["check_settings", "check_widths", "resolve_task"]
 
 Rule = Callable[[Any], str | None]  # what a value must be, if it is not
 
@@ -110,6 +112,14 @@ _RULES: dict[str, Rule] = {
     "num_members": _count(1),
     "entropy_bonus": _number(0, open_low=False),
     "policy": _one_of("distilled", "flow", "one_step"),
+    "num_elites": _count(1),
+    "rollout_interval": _count(1),
+    "rollout_batch": _count(1),
+    "rollout_length": _count(1),
+    "rollout_keep": _count(1),
+    "real_share": _number(0, 1, open_low=False),
+    "penalty_weight": _number(0, open_low=False),
+    "penalty_samples": _count(1),
     "flow_steps": _count(1),
     "num_candidates": _count(1),
     "gamma": _number(0, 1),
@@ -190,3 +200,25 @@ def resolve_task(dataset: str, task_id: int | str | None) -> OGBenchName:
             f"dataset={dataset} contradicts task_id={task_id}: choose by task_id alone."
         )
     return name
+
+
+def check_widths(data: ActionChunkExperienceReplay, make_env: Callable[[], EnvBase]) -> None:
+    """Whether the environment's observations and actions are as wide as the dataset's.
+
+    Args:
+        data (ActionChunkExperienceReplay): the dataset.
+        make_env (callable): builds the environment.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    env = make_env()
+    specs = {"observation": env.observation_spec["observation"], "action": env.action_spec}
+    env.close()
+    for name, spec in specs.items():
+        width = data.metadata[f"{name}_dim"]
+        if spec.shape[-1] != width:
+            raise ValueError(
+                f"{data.data_path} has {name}s of {width} numbers, those of the environment have "
+                f"{spec.shape[-1]}: it is another environment's data."
+            )

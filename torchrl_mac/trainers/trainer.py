@@ -374,11 +374,14 @@ class PhaseTrainer:
 
     @property
     def _is_milestone(self) -> bool:
-        """Whether training is over, or goes on with other data."""
+        """Whether training is over, or goes on with a phase that has other data of its own."""
         progress, later = self.progress, self.progress.later_phases
         if not progress.has_begun or not progress.phase_is_over:
             return False
-        return not later or self._buffer_of(later[0]) is not self._buffer_of(progress.phase)
+        if not later:
+            return True
+        own = self.phase_buffers.get(later[0].name)
+        return own is not None and own is not self._buffer_of(progress.phase)
 
     def _resume_evaluations(self) -> None:
         begun = self._restored.get("evaluations", ())
