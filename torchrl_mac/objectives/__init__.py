@@ -4,6 +4,7 @@ from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
+from torchrl_mac.objectives.leq import LEQLoss
 from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
 from torchrl_mac.objectives.sac import ChunkedSACLoss
@@ -18,6 +19,7 @@ __all__ = [
     "FQLLoss",
     "FlowBCLoss",
     "GaussianBCLoss",
+    "LEQLoss",
     "QValueLossBase",
     "RewardPenalty",
     "ValueExpansionLoss",
