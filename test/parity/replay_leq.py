@@ -410,9 +410,8 @@ def compare(agent: Agent, source: str, errors: dict[str, dict[str, float]]) -> N
                 note(kind, name, ours, fixture[f"{step}/explicit/{name}"])
         agent.before_update(k)
         metrics = agent.update(data)
-        stored = {
-            name.rpartition("/")[2]: fixture[name] for name in fixture.keys(f"{step}/{source}/loss/")
-        }
+        prefix = f"{step}/{source}/loss/"
+        stored = {name.removeprefix(prefix): fixture[name] for name in fixture.keys(prefix)}
         of_data = stored["critic_data"] + stored["critic_reg_data"]
         of_model = stored["critic_model"] + stored["critic_reg_model"]
         note("loss", "critic_on_data", metrics["loss_qvalue"], (1 - ratio) * of_data)

@@ -16,7 +16,7 @@ __all__ = ["TanhPolicy"]
 
 
 class TanhPolicy(TensorDictModuleBase, Configurable):
-    """A policy that always does the same in a state, :math:`a = \\tanh(f(s))`.
+    r"""A policy that always does the same in a state, :math:`a = \tanh(f(s))`.
 
     Args:
         network (nn.Module): maps what is read, such as an observation ``[*, O]``, to ``[*, D]``;

@@ -15,6 +15,7 @@ from torchrl.envs.utils import step_mdp
 from torchrl_mac.envs import imagine
 from torchrl_mac.modules import ChunkActor
 from torchrl_mac.modules.qvalues import aggregate
+from torchrl_mac.objectives.average_return import average_return, look_ahead_shares
 from torchrl_mac.objectives.common import GoalKeys, autocast_to, required, same_shape
 from torchrl_mac.objectives.qvalue import QValueLossBase
 
@@ -270,7 +271,7 @@ class LEQLoss(QValueLossBase):
         value = aggregate(members, self.q_aggregation)
         value = torch.cat([value, final.unsqueeze(-1)], -1)
         reward = rollout.get(("next", self.tensor_keys.reward)).squeeze(-1)
-        return _average_return(value, reward, self._alive(rollout), self._discount, self._shares)
+        return average_return(value, reward, self._alive(rollout), self._discount, self._shares)
 
     def actor_loss(self, tensordict: TensorDictBase) -> Tensor:
         """The actor's term on imagined states of its own."""
@@ -302,7 +303,7 @@ class LEQLoss(QValueLossBase):
             shift = first.new_zeros(self.imagination_horizon + 1, *first.shape)
             gradient, steps = torch.func.grad(self._total, has_aux=True)(shift, start, noise)
         read, value, reward, alive = steps
-        returns = _average_return(value, reward, alive, self._discount, self._shares)
+        returns = average_return(value, reward, alive, self._discount, self._shares)
         ahead = (returns > value)[..., :-1].to(value.dtype)
         weight = self.expectile * ahead + (1 - self.expectile) * (1 - ahead)
         weight = torch.cat([weight, torch.full_like(value[..., :1], 0.5)], -1)
@@ -322,21 +323,20 @@ class LEQLoss(QValueLossBase):
     ) -> tuple[Tensor, tuple[dict[NestedKey, Tensor], Tensor, Tensor, Tensor]]:
         r"""A number whose gradient by the shift of each action is that of the action's own return.
 
-        As :math:`G_i = (1 - p_i) q_i + p_i (M_i r_i + M_{i+1} \Gamma G_{i+1})`, it sums up what each
-        step adds, and what comes after a step speaks to it with the weight that it has there.
+        It sums up what each step adds to its own return, and the gradient of what follows a step
+        enters it by the weight that the next return has in this one,
+        :math:`p_i M_{i+1} \Gamma`.
         """
         model, keys = self.world_model, self.tensor_keys
-        state, total, alive = start, 0.0, []
         read: dict[NestedKey, list[Tensor]] = {key: [] for key in self.actor_network.in_keys}
-        values, rewards = [], []
+        state, total, values, rewards = start, shift.new_zeros(start.shape), [], []
+        alive = [torch.ones_like(total)]
         for i in range(len(shift)):
             step = self.actor_network(state.copy())
             step.set(keys.action, step.get(keys.action) + shift[i])
             for key, entries in read.items():
                 entries.append(state.get(key))
             values.append(self._value(step))
-            if i == 0:
-                alive.append(torch.ones_like(values[0]))
             if i == self.imagination_horizon:
                 break
             share = self._shares[i]
@@ -346,20 +346,16 @@ class LEQLoss(QValueLossBase):
             total = total + (1 - share) * values[i] + share * alive[i] * rewards[i]
             alive.append(alive[i] * terminated.logical_not())
             following = step.get(("next", model.observation_key))
-            heard = share * self._discount * alive[i + 1].unsqueeze(-1)
-            following = following.detach() + heard * (following - following.detach())
+            weight = (share * self._discount * alive[i + 1]).unsqueeze(-1)
+            following = following.detach() + weight * (following - following.detach())
             state = start.copy().set(model.observation_key, following)
         stacked = {key: torch.stack(entries, start.ndim) for key, entries in read.items()}
-        steps = (torch.stack(part, -1) for part in (values, rewards, alive))
-        return (total + values[-1]).sum(), (stacked, *steps)
+        value, reward, goes_on = (torch.stack(part, -1) for part in (values, rewards, alive))
+        return (total + values[-1]).sum(), (stacked, value, reward, goes_on)
 
     @property
     def _shares(self) -> list[float]:
-        """How much of each step's return looks ahead, p."""
-        sums = [1.0]
-        for _ in range(self.imagination_horizon):
-            sums.append(1 + self.lmbda * sums[-1])
-        return [self.lmbda * less / more for less, more in zip(sums, sums[1:], strict=False)][::-1]
+        return look_ahead_shares(self.imagination_horizon, self.lmbda)
 
     def _value(self, tensordict: TensorDictBase) -> Tensor:
         """The online critics' value ``[*]`` of what ``tensordict`` holds."""
@@ -399,14 +395,3 @@ class LEQLoss(QValueLossBase):
         size = required(tensordict, ("next", self.tensor_keys.reward)).shape[:-1]
         with self.actor_network_params.to_module(actor):
             return actor(TensorDict(inputs, batch_size=size)).get(actor.action_key)
-
-
-def _average_return(
-    value: Tensor, reward: Tensor, alive: Tensor, discount: Tensor, shares: list[float]
-) -> Tensor:
-    """The returns ``[*, H + 1]`` for values and survival ``[*, H + 1]`` and rewards ``[*, H]``."""
-    returns = [value[..., -1]]
-    for i, share in reversed(list(enumerate(shares))):
-        ahead = alive[..., i] * reward[..., i] + discount * alive[..., i + 1] * returns[-1]
-        returns.append((1 - share) * value[..., i] + share * ahead)
-    return torch.stack(returns[::-1], -1)
