@@ -301,7 +301,7 @@ class LEQLoss(QValueLossBase):
         ):
             first = actor(start.copy()).get(keys.action)
             shift = first.new_zeros(self.imagination_horizon + 1, *first.shape)
-            gradient, steps = torch.func.grad(self._total, has_aux=True)(shift, start, noise)
+            gradient, steps = torch.func.grad(self._surrogate, has_aux=True)(shift, start, noise)
         read, value, reward, alive = steps
         returns = average_return(value, reward, alive, self._discount, self._shares)
         ahead = (returns > value)[..., :-1].to(value.dtype)
@@ -318,7 +318,7 @@ class LEQLoss(QValueLossBase):
             batch_size=value.shape,
         )
 
-    def _total(
+    def _surrogate(
         self, shift: Tensor, start: TensorDictBase, noise: TensorDictBase | None
     ) -> tuple[Tensor, tuple[dict[NestedKey, Tensor], Tensor, Tensor, Tensor]]:
         r"""A number whose gradient by the shift of each action is that of the action's own return.
