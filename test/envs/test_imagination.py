@@ -10,7 +10,15 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.objectives import LossModule, hold_out_net
 
 from torchrl_mac.envs import ChunkedWorldModelEnv, imagine
-from torchrl_mac.modules import ChunkedWorldModel, NormedMLP, OneStepPolicy, PolicyActor
+from torchrl_mac.modules import (
+    ChunkedWorldModel,
+    EnsembleWorldModel,
+    GaussianEnsemble,
+    NormedMLP,
+    OneStepPolicy,
+    PolicyActor,
+    StackedMLP,
+)
 from torchrl_mac.objectives import ChunkedWorldModelLoss
 from torchrl_mac.trainers import LossUpdate, make_adam
 
@@ -61,6 +69,29 @@ def test_gradients_flow_through_states_and_actions():
     expected = [first.grad, *(p.grad for p in policy.parameters())]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_noise_of_the_world_model_as_well():
+    network = StackedMLP(3, OBS + D, 2 * OBS, [8], broadcast=True)
+    heads = (NormedMLP(OBS + D, 1, [8]) for _ in range(2))
+    model = EnsembleWorldModel(GaussianEnsemble(network), *heads)
+    policy = OneStepPolicy(NormedMLP(OBS + D, D, [8]), D)
+    noise = TensorDict(
+        noise=torch.randn(6, K, D),
+        model_noise=torch.randn(6, K, OBS),
+        member=torch.randint(3, (6, K)),
+        batch_size=[6, K],
+    )
+    start = TensorDict(observation=torch.randn(6, OBS), batch_size=[6])
+    rollout = imagine(PolicyActor(policy, chunk_size=H), model, start, K, noise=noise)
+    observation = start["observation"]
+    for k in range(K):
+        mean, std = network(observation, policy(observation, noise["noise"][:, k])).chunk(2, -1)
+        std = (-5 + 6 * std.sigmoid()).exp()
+        member, row = noise["member"][:, k], torch.arange(6)
+        change = mean[member, row] + std[member, row] * noise["model_noise"][:, k]
+        torch.testing.assert_close(rollout["observation"][:, k], observation)
+        observation = observation + change
 
 
 class ActorLoss(LossModule):

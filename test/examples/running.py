@@ -17,11 +17,10 @@ ROOT = Path(__file__).parents[2]
 TERMS = [f"loss_{term}" for term in ("flow", "distillation", "dynamics", "reward")]
 TERMS += [f"loss_{term}" for term in ("termination", "value", "qvalue")]
 MODEL = ("dynamics_cells=[16,16]", "head_cells=[16]")
-OF_SCRIPT = {script: MODEL for script in ("mopo", "mobile")}
-OF_SCRIPT |= {
-    script: ("chunk_size=10", *MODEL)
-    for script in ("mac", "mac_multitask", "mac_gaussian", "mac_fql", "dreamer")
-}
+OF_SCRIPT = dict.fromkeys(("mopo", "mobile"), MODEL)
+OF_SCRIPT |= dict.fromkeys(
+    ("mac", "mac_multitask", "mac_gaussian", "mac_fql", "dreamer"), ("chunk_size=10", *MODEL)
+)
 ONE_EPISODE = ["eval_episodes=1", "eval_num_envs=1"]
 
 

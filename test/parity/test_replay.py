@@ -165,6 +165,43 @@ def test_replay_of_mopo_and_mobile_notices_a_difference(tmp_path, capsys, key, k
     assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
 
 
+def test_replay_agrees_with_leq(capsys):
+    assert replay.main([str(ASSETS / "leq.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"fixture", "mac_st", "mac_gc", "orig"}
+    kinds = {"loss", "rollout", "return", "gradient", "parameter", "target"}
+    assert set(report["orig"]["largest_relative_error"]) == kinds
+    assert set(report["mac_gc"]["largest_relative_error"]) == {*kinds, "action"}
+    names = report["mac_st"]["all"]
+    assert {"actor", "critic_on_imagination", "corrected/critic_on_imagination", "total"} <= set(
+        names["loss"]
+    )
+    for prefix in ("", "corrected/"):
+        assert f"{prefix}critic/Dense_0/kernel" in names["gradient"]
+        assert f"{prefix}target_critic/Dense_0/kernel" in names["target"]
+    assert "actor/scaler" in report["orig"]["all"]["parameter"]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("orig__step0__official__loss__actor", "loss"),
+        ("orig__step0__explicit__actor__action_grads", "gradient"),
+        ("orig__step1__explicit__critic__lambda_returns", "return"),
+        ("orig__step2__params_after__target_critic__Dense_0__kernel", "target"),
+        ("mac_gc__step0__batch__actor_goals", "gradient"),
+        ("mac_gc__step0__noise__actor_model_eps", "rollout"),
+        ("mac_st__step0__corrected__loss__critic_model", "loss"),
+        ("mac_st__step1__corrected__params_after__critic__Dense_1__kernel", "parameter"),
+        ("mac_st__eval__official_action", "action"),
+    ],
+)
+def test_replay_of_leq_notices_a_difference(tmp_path, capsys, key, kind):
+    assert replay.main([str(tampered(tmp_path, ASSETS / "leq.npz", **{key: 1.05}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))

@@ -21,7 +21,7 @@ def imagine(
     start: TensorDictBase,
     horizon: int,
     *,
-    noise: Tensor | None = None,
+    noise: Tensor | TensorDictBase | None = None,
     noise_key: NestedKey = "noise",
 ) -> TensorDictBase:
     r"""Imagines what an actor would do and what would come of it.
@@ -42,7 +42,9 @@ def imagine(
         horizon (int): the number of steps ``H``, each a chunk of actions if the actor's are.
 
     Keyword Args:
-        noise (Tensor, optional): the actor's noise, ``[*, H, ...]``. Default: the actor draws it.
+        noise (Tensor or TensorDictBase, optional): the actor's noise, ``[*, H, ...]``; or, as a
+            tensordict ``[*, H]``, all that is drawn at a step, of the world model as well. Default:
+            what is not given is drawn.
         noise_key (NestedKey, optional): where the actor reads it. Defaults to ``"noise"``.
 
     Returns:
@@ -76,8 +78,10 @@ def imagine(
     state, dim, steps = start.copy(), start.ndim, []
     with frozen_weights():
         for k in range(horizon):
-            if noise is not None:
+            if isinstance(noise, Tensor):
                 state.set(noise_key, noise.select(dim, k))
+            elif noise is not None:
+                state.update(noise[..., k])
             step = predict(actor(state))
             steps.append(step)
             state = step_mdp(step).select(*kept)

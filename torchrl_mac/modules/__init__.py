@@ -2,6 +2,7 @@
 
 from torchrl_mac.modules.actor import ChunkActor, PolicyActor
 from torchrl_mac.modules.config import Configurable, build, describe, register_config
+from torchrl_mac.modules.deterministic import TanhPolicy
 from torchrl_mac.modules.ensemble import GaussianEnsemble
 from torchrl_mac.modules.ensemble_model import EnsembleWorldModel
 from torchrl_mac.modules.export import load_export, save_policy
@@ -40,6 +41,7 @@ __all__ = [
     "TanhGELU",
     "TanhGaussianModel",
     "TanhGaussianPolicy",
+    "TanhPolicy",
     "WorldModelBase",
     "build",
     "describe",

@@ -6,6 +6,7 @@ from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
 from torchrl_mac.objectives.imagination import ImaginationLossBase
+from torchrl_mac.objectives.leq import LEQLoss
 from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
 from torchrl_mac.objectives.sac import ChunkedSACLoss
@@ -22,6 +23,7 @@ __all__ = [
     "FlowBCLoss",
     "GaussianBCLoss",
     "ImaginationLossBase",
+    "LEQLoss",
     "QValueLossBase",
     "RewardPenalty",
     "ValueExpansionLoss",

@@ -119,6 +119,8 @@ class QValueLossBase(LossModule):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if isinstance(qvalue_network, list) and len(qvalue_network) == 1:
+            (qvalue_network,), num_qvalue_nets = qvalue_network, 1  # TorchRL would not train it
         ensemble = qvalue_network if isinstance(qvalue_network, QValueEnsemble) else None
         own = None if ensemble is None else ensemble.q_aggregation
         q_aggregation = q_aggregation or own or "mean"
@@ -192,9 +194,10 @@ class QValueLossBase(LossModule):
         inputs = self._conditions.read(tensordict, self._critic_keys)
         size = tensordict.get(("next", keys.reward)).shape[:-1]
         inputs[keys.action] = required(tensordict, keys.action)
-        members = self.members(TensorDict(inputs, batch_size=size), self.qvalue_network_params)
+        taken = TensorDict(inputs, batch_size=size)
+        members = self.members(taken, self.qvalue_network_params)
         same_shape("the critics' values", members, (members.shape[0], *target.shape))
-        errors = (members - target).square()
+        errors = self._errors(members, target, taken)
         whole = tensordict.get(("next", keys.whole), None)
         if whole is not None:
             errors = errors * same_shape(("next", keys.whole), whole, (*size, 1)).squeeze(-1)
@@ -203,6 +206,15 @@ class QValueLossBase(LossModule):
         loss = self._reduced(errors.mean(0), tensordict)
         value = aggregate(members, self.q_aggregation).detach()
         return loss, {"pred_value": value, "target_value": target}
+
+    def _errors(self, members: Tensor, target: Tensor, taken: TensorDictBase) -> Tensor:
+        """What each critic is to lower, ``[E, *]``, at what ``taken`` holds."""
+        return (members - target).square()
+
+    @property
+    def _bootstrap_params(self) -> TensorDictParams:
+        """The critics that the next state is valued by."""
+        return self.target_qvalue_network_params
 
     @torch.no_grad()
     def target(self, tensordict: TensorDictBase) -> Tensor:
@@ -215,7 +227,7 @@ class QValueLossBase(LossModule):
             action = self._next_action(tensordict)
             following[keys.action] = action.flatten(reward.ndim - 1).reshape(taken.shape)
             inputs = TensorDict(following, batch_size=reward.shape[:-1])
-            members = self.members(inputs, self.target_qvalue_network_params)
+            members = self.members(inputs, self._bootstrap_params)
         next_value = aggregate(members, self.q_aggregation).unsqueeze(-1)
         same_shape("the next state's value", next_value, reward.shape)
         outcome = TensorDict(batch_size=reward.shape[:-1])

@@ -102,6 +102,7 @@ _RULES: dict[str, Rule] = {
     "activation": _one_of("gelu", "relu"),
     "chunk_size": _count(1),
     "n_steps": _count(1),
+    "num_members": _count(1),
     "num_qvalue_nets": _count(1),
     "q_aggregation": _one_of("mean", "min"),
     "alpha": _number(0, open_low=False),
@@ -125,6 +126,8 @@ _RULES: dict[str, Rule] = {
     "gamma": _number(0, 1),
     "lmbda": _number(0, 1, open_low=False),
     "tau": _number(0, 1),
+    "expectile": _number(0, 1),
+    "model_batch_ratio": _number(0, 1, open_low=False),
     "ignore_imagined_terminated": _flag,
     "task_batch_scale": _number(0),
     # Evaluation
