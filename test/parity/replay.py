@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import replay_fmpc
 import replay_mac
 import replay_mbpo
 import replay_qc
@@ -24,7 +25,14 @@ import replay_windows
 from fixture import configs
 from torchrl._utils import logger
 
-FAMILIES = (replay_mac, replay_variants, replay_mbpo, replay_qc, replay_windows)
+FAMILIES = (
+    replay_mac,
+    replay_variants,
+    replay_mbpo,
+    replay_fmpc,
+    replay_qc,
+    replay_windows,
+)
 
 
 def cases_of(path: str | Path) -> dict[str, ModuleType]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable
+from torchrl_mac.modules.shapes import concatenated
 
 __all__ = ["ACTIVATIONS", "NormedMLP", "TanhGELU"]
 
@@ -129,8 +130,7 @@ class NormedMLP(nn.Module, Configurable):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
-        last = inputs[0].ndim - 1
-        features = torch.cat([x.flatten(last) for x in inputs], -1)
+        features = concatenated(inputs)
         if features.shape[-1] != self.in_features:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(

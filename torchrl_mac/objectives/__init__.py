@@ -1,8 +1,10 @@
-"""The losses of MAC and of the Q-chunking family, as TorchRL loss modules."""
+"""The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
+from torchrl_mac.objectives.future_model import FutureModelLoss
+from torchrl_mac.objectives.future_value import FutureValueLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
 from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
 from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
@@ -17,6 +19,8 @@ __all__ = [
     "FQLExpansionLoss",
     "FQLLoss",
     "FlowBCLoss",
+    "FutureModelLoss",
+    "FutureValueLoss",
     "GaussianBCLoss",
     "QValueLossBase",
     "RewardPenalty",
