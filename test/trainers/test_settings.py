@@ -18,7 +18,8 @@ from torchrl_mac.trainers.settings import _RULES, check_settings
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-SCRIPTS = {"mac": "mac", "mac_multitask": "mac", "qc": "qc", "qc_fql": "qc_fql", "rlpd": "rlpd"}
+SCRIPTS = {"mac_multitask": "mac"}
+SCRIPTS |= {script: script for script in ("mac", "fmpc", "qc", "qc_fql", "rlpd")}
 PRESETS = [
     (script, path.stem)
     for script, method in SCRIPTS.items()
@@ -36,12 +37,12 @@ def settings_of(*overrides, script="mac"):
 def test_presets_are_valid(script, preset):
     settings = settings_of(f"preset={preset}", script=script)
     check_settings(settings)
-    if script != "mac_multitask":
+    if script not in ("mac_multitask", "fmpc"):  # which are offline alone
         online = online_phases({**settings, "online": {**settings["online"], "frames": 20_000}})
         assert sum(online.frames.values()) == 20_000
 
 
-@pytest.mark.parametrize("method", ["mac", "qc", "qc_fql", "rlpd"])
+@pytest.mark.parametrize("method", ["mac", "fmpc", "qc", "qc_fql", "rlpd"])
 def test_tasks_are_valid(method):
     for path in sorted((CONFIGS / method / "task").glob("*.yaml")):
         check_settings(settings_of(f"task={path.stem}", script=method))
