@@ -2,6 +2,7 @@
 
     python benchmarks/update.py --preset small --json
     python benchmarks/update.py --preset paper --precision bf16 --compile --repeats 5
+    python benchmarks/update.py --method qc --preset cpu --data-dir data
 
 All seven losses, backward, Adam and the target network, on random data of cube-single's widths
 (observation 28, chunks of 10 x 5). ``small``: networks of 4 x 256, batch 256, 4 candidates;
@@ -9,6 +10,9 @@ All seven losses, backward, Adam and the target network, on random data of cube-
 operations (matrix products, forward and backward), the share this is of the peak that a plain
 matrix product reaches in the same process and precision, and what its parts take: drawing the
 batch, imagination, losses (without it), backward, optimizer and target.
+
+With ``--method`` it is the updates of a script's own phases, on a dataset in ``--data-dir``: of each
+a few hundred, made by the script, and what the whole phase would take.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections.abc import Callable
 import bare  # noqa: F401  (before all that it stands in for)
 import torch
 from assembly import Size, make_mac
+from phases import phase_times
 from tensordict import TensorDict
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +80,9 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if "_linear_pointwise" in str(func):  # a product and its activation
+            self.flop += 2 * args[0].shape[-1] * out.numel()
+        elif func._overloadpacket in flop_registry:
             self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -174,7 +181,10 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=SIZES, default="small")
+    parser.add_argument("--preset", default="small", help=f"{[*SIZES]}, or one of --method's")
+    parser.add_argument("--method", help="a script of examples/, such as qc")
+    parser.add_argument("--data-dir", default="data", help="of --method: holds its dataset")
+    parser.add_argument("--updates", type=int, default=300, help="of --method: in each phase")
     parser.add_argument(
         "--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"]
     )
@@ -187,6 +197,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.method:
+        switches = [f"precision={args.precision}", f"compile={args.compile}"]
+        settings = [f"preset={args.preset}", f"num_threads={torch.get_num_threads()}", *switches]
+        report(phase_times(args.method, args.data_dir, args.updates, settings), args.json)
+        return
+    if args.preset not in SIZES:
+        parser.error(f"--preset must be one of {[*SIZES]}.")
     figures = measure(
         args.preset,
         args.device,
@@ -195,8 +212,13 @@ def main() -> None:
         cudagraphs=args.cudagraphs,
         precision=args.precision,
     )
+    report(figures, args.json)
+
+
+def report(figures: dict, as_json: bool) -> None:
+    """Prints figures, and what made them."""
     figures |= {"torch": torch.__version__, "machine": platform.machine()}
-    if args.json:
+    if as_json:
         print(json.dumps(figures))
         return
     for name, value in figures.items():

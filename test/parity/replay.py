@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import replay_fmpc
 import replay_leq
 import replay_leq_original
 import replay_mac
@@ -32,6 +33,7 @@ FAMILIES = (
     replay_mbpo,
     replay_leq,
     replay_leq_original,
+    replay_fmpc,
     replay_qc,
     replay_windows,
 )

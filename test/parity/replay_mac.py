@@ -41,7 +41,7 @@ LOSSES = {
 
 def accepts(case: str, config: dict) -> bool:
     """Whether a case is this agent's, single-task or goal-conditioned."""
-    return case in ("st", "gc")
+    return config.get("agent_name") == "mac"
 
 
 def has_goals(fixture: Fixture) -> bool:

@@ -165,6 +165,45 @@ def test_replay_of_mopo_and_mobile_notices_a_difference(tmp_path, capsys, key, k
     assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
 
 
+def test_replay_agrees_with_fmpc(capsys):
+    assert replay.main([str(ASSETS / "fmpc.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"fixture", "gc", "st"}
+    for case in ("gc", "st"):
+        names = report[case]["all"]
+        assert set(report[case]["largest_relative_error"]) == {
+            *("window", "loss", "target", "gradient", "parameter", "plan")
+        }
+        assert {"value", "corrected/value", "corrected/critic", "total"} <= set(names["loss"])
+        modules = {key.split("/")[0] for key in names["parameter"]} - {"corrected"}
+        assert modules == {"dynamics_flow", "actor_flow", "value", "critic"}
+        assert {"returns_to_go", "next_observations", "rewards"} <= set(names["window"])
+        assert {"eval_single/choice", "eval_batch/futures"} <= set(names["plan"])
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("gc__step0__batch__returns_to_go", "window"),
+        ("st__step2__batch__returns_to_go", "window"),
+        ("st__step1__batch__next_observations", "window"),
+        ("gc__step1__official__loss__critic", "loss"),
+        ("gc__step0__corrected__loss__critic", "loss"),
+        ("st__step0__corrected__loss__value", "loss"),
+        ("gc__step1__explicit__critic_target", "target"),
+        ("gc__step0__noise__dyn_x0", "gradient"),
+        ("st__step0__corrected__grad__value__Dense_0__kernel", "gradient"),
+        ("st__step2__params_after__dynamics_flow__Dense_0__kernel", "parameter"),
+        ("gc__eval_batch__future_noise", "plan"),
+        ("st__eval_single__official_action", "plan"),
+    ],
+)
+def test_replay_of_fmpc_notices_a_difference(tmp_path, capsys, key, kind):
+    assert replay.main([str(tampered(tmp_path, ASSETS / "fmpc.npz", **{key: 1.01}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_agrees_with_leq(capsys):
     assert replay.main([str(ASSETS / "leq.npz")]) == 0
     report = json.loads(capsys.readouterr().out)

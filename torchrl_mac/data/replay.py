@@ -82,6 +82,10 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
         sparse_rewards (bool, optional): whether rewards that are not 0 count as -1. Defaults to
             ``False``.
+        future (bool, optional): whether samples have all states on the way to the next one; see
+            :class:`~torchrl_mac.data.ActionChunkStorage`. Defaults to ``False``.
+        return_gamma (float, optional): the discount per step of the returns to go that samples
+            have; see there as well. Default: samples have none.
         flat_index (bool, optional): whether the index of a batch is ``[B]``, for a
             :class:`~torchrl.data.ReplayBufferEnsemble`; see
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
@@ -143,6 +147,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         truncation_is_success: bool = False,
         cross_episodes: bool = False,
         sparse_rewards: bool = False,
+        future: bool = False,
+        return_gamma: float | None = None,
         flat_index: bool = False,
         device: torch.device | str = "cpu",
         workers: int | None = None,
@@ -178,6 +184,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             negative_reward=negative_reward,
             truncation_is_success=truncation_is_success,
             sparse_rewards=sparse_rewards,
+            future=future,
+            return_gamma=return_gamma,
             episode_ends=dataset.episode_ends,
             device=device,
         )
@@ -238,7 +246,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
     def observation_norm(
         self,
         kind: Literal["min_max", "mean_std"] = "min_max",
-        in_keys: Sequence[NestedKey] = ("observation", ("next", "observation")),
+        in_keys: Sequence[NestedKey] | None = None,
     ) -> ObservationNorm:
         """A transform that normalises observations with :attr:`statistics`.
 
@@ -248,6 +256,9 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             in_keys (sequence of NestedKey, optional): what to normalise. Defaults to the
                 observations of a sample; for an environment pass ``["observation"]``.
         """
+        if in_keys is None:
+            in_keys = ["observation", ("next", "observation")]
+            in_keys += [("future", "observation")] if self.storage.future else []
         loc, scale = self.statistics.loc_scale(kind)
         return ObservationNorm(loc, scale, in_keys=list(in_keys), standard_normal=True)
 

@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from torchrl_mac.data.returns import returns_to_go, rows_until_an_end
 from torchrl_mac.data.rows import EpisodeStorage
 from torchrl_mac.data.windows import (
     Window,
@@ -82,6 +83,19 @@ class ActionChunkStorage(EpisodeStorage):
     ``negative_reward=False`` :math:`\gamma^k` for success and else 0. From the last row but one
     k = 0: without success its target is its own value.
 
+    Two more entries can be had of chunks that are within an episode, not with ``n_steps``:
+
+    ===========================  ============  ===============================================
+    ``("future", key)``          ``[B, h, O]`` with ``future``, for each observation: all of
+                                               :math:`s_{t+1}, \dots, s_{t+h}`
+    ``"return_to_go"``           ``[B, 1]``    with ``return_gamma``, the sum of the rewards
+                                               :math:`r_t, r_{t+1}, \dots` so discounted, to the
+                                               end of the episode or, if it counts, of the task.
+                                               For a goal: ``return_gamma`` to the number of
+                                               steps to it, 0 if it is not among the rows t, t + 1,
+                                               ... of the episode
+    ===========================  ============  ===============================================
+
     Args:
         rows (TensorDictBase, optional): the rows, of batch size ``[N]``. Default: none yet, to be
             written.
@@ -117,6 +131,11 @@ class ActionChunkStorage(EpisodeStorage):
             says that an episode ends with their action. Default: where ``traj_key`` changes.
         sparse_rewards (bool, optional): whether the rewards of rows that are not 0 count as -1.
             Defaults to ``False``.
+        future (bool, optional): whether samples have all states on the way to the next one.
+            Defaults to ``False``.
+        return_gamma (float, optional): the discount per step of the returns to go that samples
+            have; those of a goal need ``negative_reward=False``. Computed for all rows whenever
+            these have changed. Default: samples have none.
         flat_chunk_size (int, optional): if given, a 1-D tensor is an index of the starts of
             chunks of so many actions, as of samplers with ``flat_index``. Default: of rows.
         rows_in_state (bool, optional): whether a checkpoint must hold the rows. If ``False``, as
@@ -127,8 +146,8 @@ class ActionChunkStorage(EpisodeStorage):
 
     Raises:
         KeyError: at the first chunk, if the rows lack one of the keys.
-        ValueError: if neither or both of ``rows`` and ``max_size`` are given, or ``n_steps`` is
-            smaller than 1.
+        ValueError: if neither or both of ``rows`` and ``max_size`` are given, ``n_steps`` is
+            smaller than 1, or ``future`` or ``return_gamma`` does not go with the rest.
 
     .. note:: Of a window only the first row number, that of the next state and the number of
         actions are read: the others follow.
@@ -199,6 +218,8 @@ class ActionChunkStorage(EpisodeStorage):
         cross_episodes: bool = False,
         end_key: NestedKey | None = None,
         sparse_rewards: bool = False,
+        future: bool = False,
+        return_gamma: float | None = None,
         flat_chunk_size: int | None = None,
         rows_in_state: bool = True,
         episode_ends: Tensor | None = None,
@@ -208,6 +229,13 @@ class ActionChunkStorage(EpisodeStorage):
             raise ValueError("Windows across episodes have no goals: cross_episodes=False.")
         if n_steps is not None and n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
+        if (future or return_gamma is not None) and (cross_episodes or n_steps is not None):
+            raise ValueError(
+                "future and return_gamma are for whole chunks within an episode: without n_steps "
+                "and cross_episodes."
+            )
+        if return_gamma is not None and goal_keys and negative_reward:
+            raise ValueError("return_gamma is for rewards of 0 and 1: negative_reward=False.")
         super().__init__(
             rows,
             max_size=max_size,
@@ -230,7 +258,10 @@ class ActionChunkStorage(EpisodeStorage):
         self.cross_episodes = cross_episodes
         self.end_key = None if end_key is None else unravel_key(end_key)
         self.sparse_rewards = sparse_rewards
+        self.future = future
+        self.return_gamma = return_gamma
         self.flat_chunk_size = flat_chunk_size
+        self._returns: tuple[tuple[int, int], Tensor] | None = None
 
     def get(self, index: Any) -> Any:
         """Rows, or chunks of them if ``index`` has two dimensions or the storage is flat."""
@@ -294,8 +325,12 @@ class ActionChunkStorage(EpisodeStorage):
         for key in self.observation_keys:
             chunks.set(key, self._column(key).index_select(0, start))
             following.set(key, self._next_observation(key, end))
+            if self.future:
+                chunks.set(unravel_key(("future", key)), self._future(key, start, chunk_size))
         for key, row in goals.items():
             chunks.set(key, self._column(self.goal_source).index_select(0, row))
+        if self.return_gamma is not None:
+            chunks.set("return_to_go", self._return_to_go(start, last, goal, self.return_gamma))
         if reward is not None:
             following.set(self.reward_key, reward)
         if not self.cross_episodes:
@@ -312,6 +347,29 @@ class ActionChunkStorage(EpisodeStorage):
         if self.holds_next:
             return self._column(unravel_key(("next", key))).index_select(0, row - 1)
         return self._column(key).index_select(0, row)
+
+    def _future(self, key: NestedKey, start: Tensor, length: int) -> Tensor:
+        """What is observed in the states after ``start``, ``[B, length, *]``."""
+        if self.holds_next:
+            return _windows(self._column(unravel_key(("next", key))), start, length)
+        return _windows(self._column(key), start + 1, length)
+
+    def _return_to_go(
+        self, start: Tensor, last: Tensor, goal: Tensor | None, gamma: float
+    ) -> Tensor:
+        """What is earned from ``start`` on, ``[B, 1]``."""
+        if goal is not None:
+            reached = (start <= goal) & (goal < last)
+            return (reached * gamma ** (goal - start).clamp_min(0)).float().unsqueeze(-1)
+        if self._returns is None or self._returns[0] != self.version:
+            row = torch.arange(len(self), device=self.device)
+            ends = None
+            if not self.ignore_terminated and self._has(("next", "terminated")):
+                terminated = self._column(("next", "terminated"))[: len(self)]
+                ends = terminated.reshape(len(self), -1).any(-1)
+            left = rows_until_an_end(self._last(row), ends)
+            self._returns = self.version, returns_to_go(self._rewards(row), left, gamma)
+        return self._returns[1].index_select(0, start)
 
     def _actions(self, row: Tensor) -> Tensor:
         """The actions of rows ``[B, h]``."""

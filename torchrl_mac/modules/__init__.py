@@ -13,6 +13,7 @@ from torchrl_mac.modules.flow import (
     OneStepModel,
     OneStepPolicy,
 )
+from torchrl_mac.modules.future import FlowFutureModel, FuturePlanningActor, MLPFutureModel
 from torchrl_mac.modules.gaussian import TanhGaussianModel, TanhGaussianPolicy
 from torchrl_mac.modules.mlp import ACTIVATIONS, NormedMLP, TanhGELU
 from torchrl_mac.modules.qvalues import QAggregation, QValueEnsemble
@@ -26,11 +27,14 @@ __all__ = [
     "ChunkedWorldModel",
     "Configurable",
     "EnsembleWorldModel",
+    "FlowFutureModel",
     "FlowMatchingModel",
     "FlowMatchingPolicy",
     "FlowPolicyBase",
     "FlowRejectionActor",
+    "FuturePlanningActor",
     "GaussianEnsemble",
+    "MLPFutureModel",
     "NormedMLP",
     "OneStepModel",
     "OneStepPolicy",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable, as_keys, placeholder
 from torchrl_mac.modules.fused import frozen_weights
-from torchrl_mac.modules.shapes import shaped
+from torchrl_mac.modules.shapes import concatenated, shaped
 
 __all__ = [
     "FlowMatchingModel",
@@ -222,7 +222,7 @@ class FlowPolicyBase(TensorDictModuleBase, Configurable):
     @dispatch(auto_batch_size=False)
     def _act(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         *conditions, noise_key = self.in_keys
-        condition = torch.cat([tensordict.get(key) for key in conditions], -1)
+        condition = concatenated(tensordict.get(key) for key in conditions)
         noise = tensordict.get(noise_key, None)
         return tensordict.set(self.out_keys[0], self.module(condition, noise, **kwargs))
 

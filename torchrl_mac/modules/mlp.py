@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_mac.modules.config import Configurable
 from torchrl_mac.modules.fused import through
+from torchrl_mac.modules.shapes import concatenated
 
 __all__ = ["ACTIVATIONS", "NormedMLP", "TanhGELU"]
 
@@ -130,9 +131,7 @@ class NormedMLP(nn.Module, Configurable):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
-        last = inputs[0].ndim - 1
-        parts = [x.flatten(last) for x in inputs]
-        features = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        features = concatenated(inputs)
         if features.shape[-1] != self.in_features:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(

@@ -82,10 +82,24 @@ class FlowRejectionActor(ChunkActor):
         self.num_candidates = num_candidates
         self.qvalue_key = _ranked_by(qvalue_network, qvalue_key)
         self.value_key = unravel_key(value_key)
-        made_here = {self.noise_key, self.action_key, *policy.out_keys}
-        read = dict.fromkeys([*policy.in_keys, *qvalue_network.in_keys])
+        self._set_keys(policy, qvalue_network)
+
+    def _set_keys(self, *modules: TensorDictModuleBase) -> None:
+        """Reads what modules that are called one after the other need from outside."""
+        made_here = {self.action_key, *self._noise_keys}
+        made_here.update(key for module in modules[:-1] for key in module.out_keys)
+        read = dict.fromkeys(key for module in modules for key in module.in_keys)
         self.in_keys = [key for key in read if key not in made_here]
         self.out_keys = [self.action_key, self.value_key]
+
+    @property
+    def _noise_keys(self) -> list[NestedKey]:
+        """What is drawn for each candidate, unless it is there."""
+        return [self.noise_key]
+
+    @property
+    def _read_keys(self) -> list[NestedKey]:
+        return [*self.in_keys, *self._noise_keys]
 
     @property
     def num_candidates(self) -> int:
@@ -126,18 +140,24 @@ class FlowRejectionActor(ChunkActor):
         """The candidates and their values, a tensordict of shape ``[*, N]``."""
         inputs = self._read(tensordict)
         candidates = inputs.unsqueeze(-1).expand(*inputs.batch_size, self.num_candidates)
-        noise = tensordict.get(self.noise_key, None)
-        if noise is not None:
+        for key in self._noise_keys:
+            noise = tensordict.get(key, None)
+            if noise is None:
+                continue
             if noise.shape[-2] != self.num_candidates:
                 raise ValueError(
-                    f"{self.noise_key!r} has shape {tuple(noise.shape)}: its second last dimension "
+                    f"{key!r} has shape {tuple(noise.shape)}: its second last dimension "
                     f"must be num_candidates={self.num_candidates}."
                 )
-            candidates.set(self.noise_key, noise)
+            candidates.set(key, noise)
         with set_exploration_type(ExplorationType.RANDOM):
             candidates = self.policy(candidates)
         action = self._chunk(candidates.get(self.policy.out_keys[0]))
-        return self.qvalue_network(candidates.set(self.action_key, action))
+        return self._valued(candidates.set(self.action_key, action))
+
+    def _valued(self, candidates: TensorDictBase) -> TensorDictBase:
+        """Writes the values of actions ``[*, N, D]``."""
+        return self.qvalue_network(candidates)
 
 
 def _ranked_by(qvalue_network: TensorDictModuleBase, key: NestedKey | None) -> NestedKey:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["shaped"]
+__all__ = ["concatenated", "shaped"]
+
+
+def concatenated(inputs: Iterable[Tensor]) -> Tensor:
+    """Inputs side by side, ``[*, N]``; all but the first, ``[*, O]``, may be chunks ``[*, h, A]``.
+
+    Examples:
+        >>> import torch
+        >>> concatenated([torch.zeros(3, 4), torch.zeros(3, 10, 2)]).shape
+        torch.Size([3, 24])
+    """
+    first, *others = inputs
+    if not others:
+        return first
+    return torch.cat([first, *(x.flatten(first.ndim - 1) for x in others)], -1)
 
 
 def shaped(value: Tensor, shape: Sequence[int], name: str) -> Tensor:

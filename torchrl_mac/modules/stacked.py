@@ -19,6 +19,7 @@ from torchrl_mac.modules.mlp import (
     activation_name,
     full_precision,
 )
+from torchrl_mac.modules.shapes import concatenated
 
 __all__ = ["StackedMLP"]
 
@@ -123,8 +124,7 @@ class StackedMLP(nn.Module, Configurable):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps the inputs to outputs ``[T, *, out_features]``."""
-        last = inputs[0].ndim - 1
-        features = torch.cat([x.flatten(last) for x in inputs], -1)
+        features = concatenated(inputs)
         if self.broadcast:
             features = features.expand(self.num_networks, *features.shape)
         if features.shape[0] != self.num_networks or features.shape[-1] != self.in_features:

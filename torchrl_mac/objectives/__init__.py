@@ -1,9 +1,11 @@
-"""The losses of MAC and of the Q-chunking family, as TorchRL loss modules."""
+"""The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
 from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
 from torchrl_mac.objectives.fql_expansion import FQLExpansionLoss
+from torchrl_mac.objectives.future_model import FutureModelLoss
+from torchrl_mac.objectives.future_value import FutureValueLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
 from torchrl_mac.objectives.imagination import ImaginationLossBase
 from torchrl_mac.objectives.leq import LEQLoss
@@ -21,6 +23,8 @@ __all__ = [
     "FQLExpansionLoss",
     "FQLLoss",
     "FlowBCLoss",
+    "FutureModelLoss",
+    "FutureValueLoss",
     "GaussianBCLoss",
     "ImaginationLossBase",
     "LEQLoss",

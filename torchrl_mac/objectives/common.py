@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from torchrl_mac.modules import FlowMatchingPolicy, FlowPolicyBase
+from torchrl_mac.modules.shapes import concatenated
 
 __all__ = [
     "GoalKeys",
@@ -71,8 +72,7 @@ def condition_and_action(
         KeyError: if the input lacks one of them.
         ValueError: if the action is not of the policy's size.
     """
-    values = goals.read(tensordict, policy.in_keys[:-1]).values()
-    condition = torch.cat([*values], -1)
+    condition = concatenated(goals.read(tensordict, policy.in_keys[:-1]).values())
     action = required(tensordict, action_key).flatten(condition.ndim - 1)
     flat = (*condition.shape[:-1], policy.action_dim)
     return condition, same_shape(action_key, action, flat)

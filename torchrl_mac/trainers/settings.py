@@ -110,7 +110,6 @@ _RULES: dict[str, Rule] = {
     "alpha_init": _number(0),
     "bc_alpha": _number(0, open_low=False),
     "imagination_horizon": _count(1),
-    "num_members": _count(1),
     "entropy_bonus": _number(0, open_low=False),
     "policy": _one_of("distilled", "flow", "one_step"),
     "num_elites": _count(1),
@@ -121,9 +120,12 @@ _RULES: dict[str, Rule] = {
     "real_share": _number(0, 1, open_low=False),
     "penalty_weight": _number(0, open_low=False),
     "penalty_samples": _count(1),
+    "horizon": _count(1),
+    "dynamics": _one_of("flow", "mlp"),
     "flow_steps": _count(1),
     "num_candidates": _count(1),
     "gamma": _number(0, 1),
+    "return_gamma": _number(0, 1),
     "lmbda": _number(0, 1, open_low=False),
     "tau": _number(0, 1),
     "expectile": _number(0, 1),
@@ -166,6 +168,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"replan_interval={settings['replan_interval']} cannot be: a chunk has only "
             f"chunk_size={settings['chunk_size']} actions."
+        )
+    if settings.get("chunk_size", 1) > settings.get("horizon", math.inf):
+        raise ValueError(
+            f"chunk_size={settings['chunk_size']} cannot be: a window has only "
+            f"horizon={settings['horizon']} actions."
         )
     device = settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.get("cudagraphs") and torch.device(device).type != "cuda":
