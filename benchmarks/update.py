@@ -11,8 +11,8 @@ operations (matrix products, forward and backward), the share this is of the pea
 matrix product reaches in the same process and precision, and what its parts take: drawing the
 batch, imagination, losses (without it), backward, optimizer and target.
 
-With ``--method`` it is the updates of a script's own phases, on a dataset in ``--data-dir``: of each
-a few hundred, made by the script, and what the whole phase would take.
+With ``--method`` it is the updates of a script's own phases, on a dataset in ``--data-dir``: some
+hundreds of each, made by the script, and what the whole phase would take.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from collections.abc import Callable
 import bare  # noqa: F401  (before all that it stands in for)
 import torch
 from assembly import Size, make_mac
-from phases import phase_times
 from tensordict import TensorDict
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,6 +197,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.method:
+        from phases import phase_times
+
         switches = [f"precision={args.precision}", f"compile={args.compile}"]
         settings = [f"preset={args.preset}", f"num_threads={torch.get_num_threads()}", *switches]
         report(phase_times(args.method, args.data_dir, args.updates, settings), args.json)

@@ -70,7 +70,8 @@ def test_the_same_without_a_gradient(calls, activation, options, dtype):
 )
 def test_any_shape_and_layout(shape, sizes, transposed):
     first, *cells = sizes
-    network = NormedMLP(first, 2, cells)
+    # not normalised, which may blow up roundings
+    network = NormedMLP(first, 2, cells, layer_norm=False)
     x = torch.randn(*shape, first)
     if transposed:
         x = x.movedim(-1, 0).contiguous().movedim(0, -1)

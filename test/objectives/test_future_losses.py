@@ -222,7 +222,7 @@ def test_dispatch_and_drawn_noise(make):
         (value_loss, ("next", "reward"), (B,)),
         (bce_loss, "return_to_go", (1,)),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", str(part)),
 )
 def test_what_would_broadcast_is_refused(make, key, shape):
     loss, td = make(), batch()
