@@ -2,7 +2,7 @@
 
     python benchmarks/update.py --preset small --json
     python benchmarks/update.py --preset paper --precision bf16 --compile --repeats 5
-    python benchmarks/update.py --method qc --preset cpu --data-dir data
+    python benchmarks/update.py --method qc --preset cpu --settings task=cube-single
 
 All seven losses, backward, Adam and the target network, on random data of cube-single's widths
 (observation 28, chunks of 10 x 5). ``small``: networks of 4 x 256, batch 256, 4 candidates;
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", help=f"{[*SIZES]}, or one of --method's")
     parser.add_argument("--method", help="a script of examples/, such as qc")
     parser.add_argument("--data-dir", default="data", help="of --method: holds its dataset")
+    parser.add_argument("--settings", nargs="*", default=[], help="of --method: task=cube-single")
     parser.add_argument("--updates", type=int, default=300, help="of --method: in each phase")
     parser.add_argument(
         "--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"]
@@ -201,6 +202,7 @@ def main() -> None:
 
         switches = [f"precision={args.precision}", f"compile={args.compile}"]
         settings = [f"preset={args.preset}", f"num_threads={torch.get_num_threads()}", *switches]
+        settings += args.settings
         report(phase_times(args.method, args.data_dir, args.updates, settings), args.json)
         return
     if args.preset not in SIZES:
