@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrl_mac.modules import mlp
+from torchrl_mac.modules import fused, mlp
 from torchrl_mac.objectives import flow_bc, value_expansion
 
 _linear = F.linear
@@ -60,6 +60,7 @@ def emulated() -> Iterator[None]:
     """Replaces autocast to bfloat16 in the losses by rounding."""
     replaced = [
         (F, "linear", _rounded_linear),
+        (fused, "AVAILABLE", False),
         (mlp, "full_precision", _full_precision),
         *(
             (module, "autocast_to", lambda dtype, device: _rounding(dtype == torch.bfloat16))

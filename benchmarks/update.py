@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="fp32", choices=["fp32", "tf32", "bf16", "bf16-mixed"]
     )
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", nargs="?", const=True, default=False, help="or: networks")
     parser.add_argument("--cudagraphs", action="store_true")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int)

@@ -11,6 +11,7 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_mac.modules import NormedMLP
 from torchrl_mac.trainers import LossUpdate, make_adam
+from torchrl_mac.trainers.compilation import networks_of
 
 OBS, H, A, N, K, B = 3, 2, 2, 4, 2, 8
 EAGER = {"backend": "aot_eager"}  # one graph and its gradient, without generated code
@@ -57,6 +58,40 @@ def test_compiled_equals_eager_and_compiles_once():
     torch.testing.assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-4)
 
 
+def test_networks_compiled_alone_equal_eager_and_stay_eager_elsewhere():
+    torch._dynamo.reset()
+    eager, compiled = make_update(), make_update(compile={"scope": "networks", **EAGER})
+    networks = networks_of(compiled.losses.values())
+    assert len(networks) == 7  # flow, student, three of the world model, V and Q
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            metrics = compiled(batch(step))
+        torch.testing.assert_close(metrics, eager(batch(step)), atol=1e-5, rtol=1e-4)
+        assert not any(network._compiled_call_impl for network in networks)
+    assert compiled.is_compiled
+    torch.testing.assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(networks)
+
+
+def test_networks_that_cannot_be_compiled_go_on_without(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    warnings = []
+    monkeypatch.setattr("torchrl_mac.trainers.compilation.torchrl_logger.warning", warnings.append)
+    torch._dynamo.reset()
+    eager, update = make_update(), make_update(compile={"scope": "networks", "backend": broken})
+    for step in range(2):
+        torch.testing.assert_close(update(batch(step)), eager(batch(step)))
+    assert len(warnings) == 1 and "no compiler here" in warnings[0]
+    assert not update.is_compiled
+
+
+def test_what_is_compiled_is_checked():
+    with pytest.raises(ValueError, match="got 'layers'"):
+        make_update(compile="layers")
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_targets_move_as_the_updater_moves_them(order):
     update, twin = (make_update(target_order=order) for _ in range(2))
@@ -74,7 +109,7 @@ def test_a_failed_compile_falls_back_with_one_warning(monkeypatch):
         raise RuntimeError("no compiler here")
 
     warnings = []
-    monkeypatch.setattr("torchrl_mac.trainers.update.torchrl_logger.warning", warnings.append)
+    monkeypatch.setattr("torchrl_mac.trainers.compilation.torchrl_logger.warning", warnings.append)
     torch._dynamo.reset()
     eager, update = (
         LossUpdate([loss], torch.optim.Adam(loss.parameters()), compile=compile)

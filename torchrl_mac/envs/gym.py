@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.wrappers import DtypeObservation, RescaleAction
 from torchrl.envs import EnvBase, GymWrapper
 
 from torchrl_mac.datasets.names import OGBenchName
@@ -49,6 +47,9 @@ class GymnasiumEnv(GymWrapper):
         env_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        import gymnasium
+        from gymnasium.wrappers import DtypeObservation, RescaleAction
+
         render_mode = "rgb_array" if from_pixels else None
         env = gymnasium.make(env_id, render_mode=render_mode, **(env_kwargs or {}))
         env = RescaleAction(DtypeObservation(env, np.float32), np.float32(-1), np.float32(1))

@@ -78,7 +78,7 @@ _RULES: dict[str, Rule] = {
     "seed": _count(),
     "device": _device,
     "num_threads": _count(1, optional=True),
-    "compile": _flag,
+    "compile": _one_of(True, False, "networks"),
     "cudagraphs": _flag,
     "precision": _one_of("fp32", "tf32", "bf16", "bf16-mixed"),
     "wandb": _one_of("disabled", "offline", "online"),

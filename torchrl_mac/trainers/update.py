@@ -11,12 +11,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
-from torchrl._utils import logger as torchrl_logger
 from torchrl.objectives import LossModule, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
+from torchrl_mac.trainers.compilation import compiled
 from torchrl_mac.trainers.guard import FiniteGuard, undone_where
 
 __all__ = ["LossUpdate", "Precision", "TargetOrder"]
@@ -48,9 +47,11 @@ class LossUpdate:
             *as they were in the losses*, then the optimizer steps; they lag one step behind, as in
             the reference implementation of MAC (https://arxiv.org/abs/2512.08108) and its
             relatives. ``"after"``: towards those that the optimizer has made, the usual order.
-        compile (bool or dict, optional): whether the losses and their gradients are compiled, as
-            one graph each; a dict has keyword arguments of :func:`torch.compile`. Where that
-            fails, a warning says why and the update goes on without. Defaults to ``False``.
+        compile (bool, str or dict, optional): whether the losses and their gradients are compiled,
+            as one graph each (``True``, or ``"losses"``), or only their networks, one by one
+            (``"networks"``), in a fraction of the time. A dict has keyword arguments of
+            :func:`torch.compile`, and which of the two it is as ``"scope"``. Where that fails, a
+            warning says why and the update goes on without. Defaults to ``False``.
         cudagraphs (bool, optional): whether the whole update is captured in a CUDA graph at its
             second call. The optimizer must be ``capturable`` and batches must keep their shapes.
             Defaults to ``False``.
@@ -100,7 +101,7 @@ class LossUpdate:
         target_updaters: TargetNetUpdater | Sequence[TargetNetUpdater] = (),
         *,
         target_order: TargetOrder = "before",
-        compile: bool | dict[str, Any] = False,
+        compile: bool | str | Mapping[str, Any] = False,
         cudagraphs: bool = False,
         precision: Precision = "fp32",
         max_grad_norm: float | None = None,
@@ -143,11 +144,7 @@ class LossUpdate:
             for loss in self.losses.values():
                 if hasattr(loss, "sampling_dtype"):
                     loss.sampling_dtype = torch.bfloat16
-        self._compiled = None
-        if compile:
-            self._compiled = _Compiled(
-                self._total, **(compile if isinstance(compile, dict) else {})
-            )
+        self._compiled = compiled(self._total, self.losses.values(), compile)
         self._forward: Callable = self._compiled or self._total
         if distributed:
             self._forward = DistributedDataParallel(
@@ -280,32 +277,6 @@ def target_step(updater: TargetNetUpdater) -> Callable[[], None]:
     ]
     targets, sources = map(list, zip(*pairs, strict=True))
     return lambda: torch._foreach_lerp_(targets, sources, 1 - updater.eps)
-
-
-class _Compiled:
-    """A function compiled as one graph or, where that fails, as it is."""
-
-    def __init__(self, function: Callable, **kwargs: Any) -> None:
-        self._plain = function
-        self._function = torch.compile(function, **{"fullgraph": True, "dynamic": False, **kwargs})
-        self._is_first = True
-        self.is_active = True
-
-    def __call__(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, TensorDictBase]:
-        if self._is_first:
-            # Errors of the batch show as they are, and TensorDict settles of which kind target
-            # parameters are: both would otherwise cost a second compilation.
-            self._is_first = False
-            with torch.no_grad(), torch.random.fork_rng():
-                self._plain(tensordict)
-        if self.is_active:
-            try:
-                return self._function(tensordict)
-            except TorchDynamoException as error:
-                reason = " ".join(str(error).split("\n")[:2])
-                torchrl_logger.warning(f"The update cannot be compiled, goes on without: {reason}")
-                self.is_active = False
-        return self._plain(tensordict)
 
 
 class _Module(nn.Module):
