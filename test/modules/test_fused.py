@@ -59,7 +59,8 @@ def test_the_same_without_a_gradient(calls, activation, options, dtype):
     assert found.dtype == torch.float32 and found.shape == (2, 5, 3)
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
     name = "none" if options.get("norm_first") else activation
-    assert [call[0] for call in calls] == [name] * 3 + ["none"]
+    hidden = [name] * 3 if (dtype or torch.float32) in fused.DTYPES else []  # not every CPU's bf16
+    assert [call[0] for call in calls] == [*hidden, "none"]
 
 
 @needs_onednn
