@@ -1,4 +1,4 @@
-"""Chunks ranked by all of their actions, or by the first: a table and a figure of runs of mac.py.
+r"""Chunks ranked by all of their actions, or by the first: a table and a figure of runs of mac.py.
 
     python examples/mac.py --multirun preset=cpu num_threads=1 \
         chunk_size=10,25,50 policy_chunk_size=null,5 replan_interval=5 seed=0,1 \

@@ -4,7 +4,7 @@
     python examples/dqc.py preset=cpu_goal task=cube-single-oraclerep     # for two CPU cores
     python examples/dqc.py policy_chunk_size=1                   # a policy of single actions
     python examples/dqc.py chunk_critic=false policy_chunk_size=25    # QC: one critic, whole chunks
-    python examples/dqc.py chunk_critic=false                    # QC-NS: of 5 actions, after 25 steps
+    python examples/dqc.py chunk_critic=false                   # QC-NS: 5 actions, after 25 steps
     python examples/dqc.py chunk_critic=false policy_chunk_size=1     # NS: n-step returns
     python examples/dqc.py chunk_critic=false policy_chunk_size=1 chunk_size=1    # OS: one step
 

@@ -171,16 +171,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if not settings.get("phases", True) and not online.get("frames"):
         raise ValueError("phases=[] cannot be: name at least one phase to train, or online.frames.")
     for key, limit, reason in (
-        ("replan_interval", "chunk_size", "a chunk has only"),
         ("policy_chunk_size", "chunk_size", "a chunk has only"),
+        ("replan_interval", "chunk_size", "a chunk has only"),
         ("replan_interval", "policy_chunk_size", "a choice is made by only"),
         ("chunk_size", "horizon", "a window has only"),
     ):
         most = settings.get(limit)
         if most is not None and (settings.get(key) or 1) > most:
-            raise ValueError(
-                f"{key}={settings[key]} cannot be: {reason} {limit}={most} actions."
-            )
+            raise ValueError(f"{key}={settings[key]} cannot be: {reason} {limit}={most} actions.")
     if online.get("frames") and settings.get("policy_chunk_size"):
         raise ValueError(
             f"policy_chunk_size={settings['policy_chunk_size']} cannot be with online.frames: "
