@@ -51,7 +51,7 @@ def critics(num_actions, aggregation="min", members=E, keys=("observation", "goa
 
 
 def make(first=K, aggregation="min", keys=("observation", "goal", "action"), kind=DQCLoss, **kw):
-    value = ValueOperator(NormedMLP(OBS + GOAL, 1, CELLS), in_keys=keys[:2])
+    value = ValueOperator(NormedMLP(OBS + GOAL, 1, CELLS), in_keys=list(keys[:2]))
     chunk = [critics(H, aggregation, keys=keys)] if kind is DQCLoss else []
     if kind is DQCLoss:
         kw = {"expectile": KAPPA_B, "distillation_expectile": KAPPA_D, **kw}
@@ -81,7 +81,7 @@ def apart(logit, p, asymmetry):
 
 def logits(ensemble, params, *inputs):
     """The critics one by one, by networks of their own."""
-    with params.to_module(ensemble, preserve_module_state=False):
+    with torch.no_grad(), params.to_module(ensemble, preserve_module_state=False):
         networks = [ensemble.network.network(e) for e in range(E)]
         features = torch.cat([x.flatten() for x in inputs])
         return [float(network(features)) for network in networks]
@@ -99,12 +99,12 @@ def test_numbers(backup, distillation, aggregation, whole):
         reduction="none",
     )
     td = batch(whole=whole)
-    out = loss(td.clone())
+    out = loss(td.clone()).detach()
     agg = min if aggregation == "min" else lambda values: sum(values) / len(values)
     critic, chunk_critic = loss.qvalue_network, loss.chunk_qvalue_network
 
     def value(state, goal):
-        with loss.value_network_params.to_module(loss.value_network):
+        with torch.no_grad(), loss.value_network_params.to_module(loss.value_network):
             return float(loss.value_network.module(torch.cat([state, goal])))
 
     def weighted(kappa, logit, p, asymmetry):

@@ -23,6 +23,7 @@ def make(first=K, size=SIZE, **kwargs):
     plain = make_mac(size)["values"]
     state = ["observation", "goal"]
     critic = NormedMLP(OBS + G + (first or H) * A, 1, size.cells, first_actions=first)
+    torch.nn.init.constant_(critic.layers[-1].bias, -0.7)  # about what it learns
     qvalue = ValueOperator(critic, in_keys=[*state, "action"])
     actor = FlowRejectionActor(plain.actor_network.policy, qvalue, num_candidates=N, chunk_size=H)
     value = ValueOperator(NormedMLP(OBS + G, 1, size.cells), in_keys=state)

@@ -39,7 +39,7 @@ def test_samples(chunk_size, first):
     for row in batch:
         t = int(row["observation"])
         left = (LENGTHS[0] if t < LENGTHS[0] else sum(LENGTHS)) - 1 - t  # actions with a successor
-        expected = [t + 100 if i < left else 0 for i in range(first)]
+        expected = [t + i + 100 if i < left else 0 for i in range(first)]
         assert row["policy_action"].reshape(first, 2)[:, 0].tolist() == expected
         assert row["policy_valid"].flatten().tolist() == [i < left for i in range(first)]
         assert row["next", "whole"].tolist() == [left >= first]
