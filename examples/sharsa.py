@@ -1,4 +1,4 @@
-"""SHARSA (https://arxiv.org/abs/2506.04168): the best of N subgoals, and a policy that heads for it.
+"""SHARSA (https://arxiv.org/abs/2506.04168): the best of N subgoals, and how to get there.
 
     python examples/sharsa.py                                 # the paper's sizes, cube-single
     python examples/sharsa.py preset=cpu_goal                 # small networks, for two CPU cores

@@ -88,10 +88,10 @@ def window_errors(path: str | Path, fixture: Fixture, prefix: str = "") -> dict[
     errors: dict[str, dict[str, float]] = {kind: {} for kind in TOLERANCES}
     for place, ours in _arrays(path, fixture, prefix).items():
         for stored in fixture.keys(f"{prefix}{place}/"):
-            name = stored.removeprefix(prefix)
+            name = stored.removeprefix(f"{prefix}{place}/")
             if name in ours:
                 kind = "reward" if name.endswith("rewards") else "window"
-                errors[kind][name] = difference(ours[name].float(), fixture[stored])
+                errors[kind][f"{place}/{name}"] = difference(ours[name].float(), fixture[stored])
             elif place == "batch":
                 raise SystemExit(f"{stored} is no array that our batches have.")
     return errors
@@ -128,7 +128,7 @@ def _arrays(path: str | Path, fixture: Fixture, prefix: str) -> dict[str, dict[s
     windows = GoalWindows(path, fixture, truncation_is_success=True)
     if windows.n_steps is None:
         ours |= {f"{name}_goals": step[f"{name}_goal"] for name in ("value", "actor")}
-        return {"batch": {f"batch/{name}": value for name, value in ours.items()}}
+        return {"batch": ours}
     batch, index = windows.batch(prefix), windows.index(prefix)
     to_actor_goal = GoalWindows(path, fixture, reward_goal="actor_goal").batch(prefix)
     ours |= {
@@ -147,10 +147,7 @@ def _arrays(path: str | Path, fixture: Fixture, prefix: str) -> dict[str, dict[s
     corrected = GoalWindows(path, fixture).batch(prefix)
     done, wrongly = corrected["next", "terminated"], batch["next", "terminated"]
     better = {"false_success": (wrongly & ~done).squeeze(-1), **_outcome(corrected, "high_value_")}
-    return {
-        place: {f"{place}/{name}": value for name, value in found.items()}
-        for place, found in {"batch": ours, "corrected": better}.items()
-    }
+    return {"batch": ours, "corrected": better}
 
 
 def _outcome(batch: TensorDictBase, prefix: str = "") -> dict[str, torch.Tensor]:
