@@ -11,7 +11,7 @@ from torchrl_mac import load_policy
 from torchrl_mac.modules import SubgoalActor
 
 TERMS = ("high.loss_flow", "low.loss_flow", "loss_value", "loss_qvalue")
-PHASE = f"{{name: joint, terms: [{','.join(TERMS)}], num_updates: 20, batch_size: 8, eval_interval: 10}}"
+PHASE = f"name: joint, terms: [{','.join(TERMS)}], num_updates: 20, batch_size: 8"
 OVERRIDES = ["preset=cpu_goal", "task=cube-single-oraclerep", f"phases=[{{{PHASE}}}]", *ONE_EPISODE]
 
 
