@@ -16,7 +16,7 @@ if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by T
 
 from torchrl_mac.datasets import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import env_maker
-from torchrl_mac.modules import FlowRejectionActor, save_policy
+from torchrl_mac.modules import FlowRejectionActor, SubgoalActor, save_policy
 from torchrl_mac.trainers import EpisodeEvaluator, load_policy_and_metadata, write_video
 
 __all__ = ["main"]
@@ -87,7 +87,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     several = env_id is None and OGBenchName.parse(task).mode != "singletask"
     make_env = partial(env_maker, task, env_id)
     if args.num_candidates is not None:
-        if not isinstance(actor, FlowRejectionActor):
+        if not isinstance(actor, FlowRejectionActor | SubgoalActor):
             raise ValueError(f"--num-candidates: a {type(actor).__name__} has no candidates.")
         actor.num_candidates = args.num_candidates
     if args.export is not None:

@@ -121,13 +121,18 @@ def test_windows_equal_a_walk(lengths, h, n, gamma, ignore_terminated, seed):
         assert_equal(chunk, slow_transition(rows, t, h, n, gamma, ignore_terminated))
 
 
-def slow_goal_transition(rows, t, goal, h, n, gamma, negative, truncation_is_success):
-    """One transition towards a goal by walking, as long as the goal is not here."""
-    last = last_row(rows, t)
-    row, reward = t, 0.0
-    while row - t < n and row < last - 1 and row != goal:
-        reward -= gamma ** (row - t)
+def walked_to(rows, t, n, goal=None):
+    """The row that n steps lead to, as long as the goal is not here and another one can be."""
+    row = t
+    while row - t < n and row < last_row(rows, t) - 1 and row != goal:
         row += 1
+    return row
+
+
+def slow_goal_transition(rows, t, goal, h, n, gamma, negative, truncation_is_success):
+    """One transition towards a goal by walking."""
+    last, row = last_row(rows, t), walked_to(rows, t, n, goal)
+    reward = -sum(gamma**i for i in range(row - t)) + 0.0
     success = row - t < n and (row == goal or truncation_is_success)
     if not negative:
         reward = gamma ** (row - t) if success else 0.0
@@ -154,9 +159,10 @@ def slow_goal_transition(rows, t, goal, h, n, gamma, negative, truncation_is_suc
     gamma=st.sampled_from([0.5, 0.99, 1.0]),
     negative=st.booleans(),
     quirk=st.booleans(),
+    subgoals=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_goal_windows_equal_a_walk(lengths, h, n, gamma, negative, quirk, seed):
+def test_goal_windows_equal_a_walk(lengths, h, n, gamma, negative, quirk, subgoals, seed):
     rows = make_rows(lengths, seed)
     sampler = ActionChunkSampler(h, n_steps=n, goals=GOALS, seed=seed)
     storage = ActionChunkStorage(
@@ -164,12 +170,18 @@ def test_goal_windows_equal_a_walk(lengths, h, n, gamma, negative, quirk, seed):
         gamma=gamma,
         negative_reward=negative,
         truncation_is_success=quirk,
+        subgoals=subgoals,
         **sampler.layout,
     )
     index, _ = sampler.sample(storage, 100)
     for line, chunk in zip(index.tolist(), storage[index], strict=True):
         expected = slow_goal_transition(rows, line[0], line[-2], h, n, gamma, negative, quirk)
         expected["nested", "actor_goal"] = rows["observation"][line[-1]]
+        if subgoals:
+            to_value, to_actor = (walked_to(rows, line[0], n, goal) for goal in line[-2:])
+            expected["subgoal", "value_goal"] = rows["observation"][to_value]
+            expected["subgoal", "nested", "actor_goal"] = rows["observation"][to_actor]
+            expected["low_actor_goal"] = rows["observation"][walked_to(rows, line[0], n)]
         assert_equal(chunk, expected)
 
 
@@ -353,8 +365,9 @@ def test_a_dataset_in_steps(write_npz, tmp_path):
 @pytest.mark.parametrize("goals", [{}, GOALS])
 def test_windows_on_cuda_can_be_captured(goals):
     rows, sampler = make_rows([9, 12]), ActionChunkSampler(3, n_steps=5, goals=goals)
-    on_host = ActionChunkStorage(rows, gamma=0.9, **sampler.layout)
-    storage = ActionChunkStorage(rows.cuda(), gamma=0.9, device="cuda", **sampler.layout)
+    options = {"gamma": 0.9, "subgoals": bool(goals), **sampler.layout}
+    on_host = ActionChunkStorage(rows, **options)
+    storage = ActionChunkStorage(rows.cuda(), device="cuda", **options)
     generator = torch.Generator("cuda").manual_seed(0)
     storage[sampler.draw(storage, 64, generator)]
     graph = torch.cuda.CUDAGraph()

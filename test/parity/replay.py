@@ -17,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 import replay_fmpc
+import replay_goal_windows
 import replay_leq
 import replay_leq_original
 import replay_mac
 import replay_mbpo
 import replay_qc
+import replay_sharsa
 import replay_variants
 import replay_windows
 from fixture import configs
@@ -36,6 +38,8 @@ FAMILIES = (
     replay_fmpc,
     replay_qc,
     replay_windows,
+    replay_sharsa,
+    replay_goal_windows,
 )
 
 

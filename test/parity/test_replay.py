@@ -241,6 +241,50 @@ def test_replay_of_leq_notices_a_difference(tmp_path, capsys, key, kind):
     assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
 
 
+def test_replay_agrees_with_sharsa_and_the_batches_of_goals(capsys):
+    assert replay.main([str(ASSETS / "gcrl.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) >= {"sharsa", "probe/hgc", "probe/gc"}
+    names = report["sharsa"]["all"]
+    assert set(names) >= {"window", "reward", "loss", "gradient", "parameter", "action"}
+    assert {"total", "corrected/high_critic", "corrected/total"} <= set(names["loss"])
+    assert {"step2/corrected/false_success", "step0/batch/low_actor_goals"} <= set(names["window"])
+    assert "target_high_critic/Dense_0/kernel" in names["target parameter"]
+    assert {"batch/high_value_actions", "batch/high_actor_next_observations"} <= set(
+        report["probe/hgc"]["all"]["window"]
+    )
+    assert "batch/actor_goals" in report["probe/gc"]["all"]["window"]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("sharsa__step0__batch__high_actor_actions", "window"),
+        ("sharsa__step1__corrected__high_value_rewards", "reward"),
+        ("sharsa__step0__official__loss__high_critic", "loss"),
+        ("sharsa__step2__corrected__loss__high_critic", "loss"),
+        ("sharsa__step1__corrected__critic_target", "target"),
+        ("sharsa__step0__noise__low_x0", "gradient"),
+        ("sharsa__step2__params_after__high_value__Dense_0__kernel", "parameter"),
+        ("sharsa__step0__params_after__target_high_critic__Dense_0__bias", "target parameter"),
+        ("sharsa__eval__high_noise", "action"),
+        ("sharsa__eval__chosen_subgoal", "action"),
+        ("probe__hgc__batch__low_actor_goals", "window"),
+        ("probe__hgc__batch__high_value_rewards", "reward"),
+        ("probe__gc__batch__value_goals", "window"),
+        ("data__valid_idxs", "start"),
+    ],
+)
+def test_replay_of_sharsa_notices_a_difference(tmp_path, capsys, key, kind):
+    path = tampered(tmp_path, ASSETS / "gcrl.npz", **{key: 2})
+    assert replay.main([str(path)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    case = key.split("__")[0]
+    case = {"probe": "/".join(key.split("__")[:2]), "data": "probe/gc"}.get(case, case)
+    errors = report[case]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_refuses_other_files(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, x=np.zeros(3))

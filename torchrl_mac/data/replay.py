@@ -78,6 +78,8 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         n_steps (int, optional): the most steps from a state to the next one; see
             :class:`~torchrl_mac.data.ActionChunkStorage`. Default: those of the chunk.
         truncation_is_success (bool, optional): see there as well. Defaults to ``False``.
+        subgoals (bool, optional): whether samples have subgoals on the way to their goals, see
+            there as well. Defaults to ``False``.
         cross_episodes (bool, optional): whether windows run on from one episode into the next; see
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
         sparse_rewards (bool, optional): whether rewards that are not 0 count as -1. Defaults to
@@ -145,6 +147,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         negative_reward: bool = True,
         n_steps: int | None = None,
         truncation_is_success: bool = False,
+        subgoals: bool = False,
         cross_episodes: bool = False,
         sparse_rewards: bool = False,
         future: bool = False,
@@ -183,6 +186,7 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
             goal_source=dataset.goal_source,
             negative_reward=negative_reward,
             truncation_is_success=truncation_is_success,
+            subgoals=subgoals,
             sparse_rewards=sparse_rewards,
             future=future,
             return_gamma=return_gamma,
@@ -272,10 +276,10 @@ class ActionChunkExperienceReplay(BaseDatasetExperienceReplay):
         Args:
             kind (str, optional): see :meth:`observation_norm`.
             in_keys (sequence of NestedKey, optional): what to normalise. Defaults to the goals
-                that are sampled; for an environment pass ``["goal"]``.
+                that are sampled, and subgoals; for an environment pass ``["goal"]``.
         """
         if in_keys is None:
-            in_keys = list(getattr(self.sampler, "goals", {}))
+            in_keys = [*self.storage.goal_keys, *self.storage.subgoal_keys]
         loc, scale = self.goal_statistics.loc_scale(kind)
         return ObservationNorm(loc, scale, in_keys=list(in_keys), standard_normal=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["returns_to_go", "rows_until_an_end"]
+__all__ = ["goal_returns", "returns_to_go", "rows_until_an_end"]
 
 
 def rows_until_an_end(last: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -55,3 +55,19 @@ def returns_to_go(reward: Tensor, left: Tensor, gamma: float) -> Tensor:
         total[:-length] += gamma**length * where(left[:-length] > length, total[length:])
         length *= 2
     return total
+
+
+def goal_returns(start: Tensor, last: Tensor, goal: Tensor, gamma: float) -> Tensor:
+    r""":math:`\gamma^{g - t}` if the goal is among the rows t, t + 1, ... of the episode, else 0.
+
+    Args:
+        start (Tensor): the rows :math:`t`, ``[B]`` int64.
+        last (Tensor): the last states of their episodes, ``[B]`` int64.
+        goal (Tensor): the rows :math:`g` of the goals, ``[B]`` int64.
+        gamma (float): the discount per row.
+
+    Returns:
+        the returns, ``[B, 1]`` float32.
+    """
+    reached = (start <= goal) & (goal < last)
+    return (reached * gamma ** (goal - start).clamp_min(0)).float().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Rows in episodes, in time order."""
+"""Rows in episodes, in time order: states, actions, and what these earn."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorStorage
 
 from torchrl_mac.data.crossing import CrossingRows
+from torchrl_mac.data.returns import returns_to_go, rows_until_an_end
 from torchrl_mac.data.segments import Segments
+from torchrl_mac.data.windows import chunk_labels, consecutive
 
 __all__ = ["EpisodeStorage"]
 
 
 class EpisodeStorage(LazyTensorStorage):
-    """Rows of which those of an episode follow each other, and where the episodes end.
+    """Rows of which those of an episode follow each other: where these end, what they earn.
 
     Args:
         rows (TensorDictBase, optional): the rows, of batch size ``[N]``. Default: none yet, to be
@@ -26,9 +28,14 @@ class EpisodeStorage(LazyTensorStorage):
 
     Keyword Args:
         max_size (int, optional): the most rows, without ``rows``.
+        gamma (float): the discount per step.
+        ignore_terminated (bool): whether no row ends the task, whatever it says.
         observation_keys (sequence of NestedKey): the observations.
+        action_key (NestedKey): the actions.
+        reward_key (NestedKey): the rewards, under ``"next"``, if there are any.
         traj_key (NestedKey): a number that is constant within an episode and differs between
             neighbouring ones, shape ``[N]`` or ``[N, 1]``.
+        sparse_rewards (bool): whether rewards that are not 0 count as -1.
         rows_in_state (bool): whether a checkpoint must hold the rows.
         episode_ends (Tensor, optional): the row number of the last row of each episode, ``[E]``
             int64. Default: found in the rows, which are all read for it.
@@ -43,8 +50,13 @@ class EpisodeStorage(LazyTensorStorage):
         rows: TensorDictBase | None,
         *,
         max_size: int | None,
+        gamma: float,
+        ignore_terminated: bool,
         observation_keys: Sequence[NestedKey],
+        action_key: NestedKey,
+        reward_key: NestedKey,
         traj_key: NestedKey,
+        sparse_rewards: bool,
         rows_in_state: bool,
         episode_ends: Tensor | None,
         device: torch.device | str,
@@ -55,11 +67,17 @@ class EpisodeStorage(LazyTensorStorage):
         super().__init__(cast("int", size), device=device)
         if rows is not None:
             TensorStorage.__init__(self, rows, device=device)
+        self.gamma = gamma
+        self.ignore_terminated = ignore_terminated
         self.observation_keys = [unravel_key(key) for key in observation_keys]
+        self.action_key = unravel_key(action_key)
+        self.reward_key = unravel_key(reward_key)
         self.traj_key = unravel_key(traj_key)
+        self.sparse_rewards = sparse_rewards
         self.rows_in_state = rows_in_state
         self._episodes: tuple[tuple[int, int], Tensor, Segments] | None = None
         self._crossing: tuple[tuple[int, int], CrossingRows] | None = None
+        self._returns: tuple[tuple[int, int], Tensor] | None = None
         if episode_ends is not None:
             self._set_episodes(episode_ends.to(self.device))
 
@@ -141,3 +159,64 @@ class EpisodeStorage(LazyTensorStorage):
 
     def _has(self, key: NestedKey) -> bool:
         return self._storage.get(key, None) is not None
+
+    def _next_observation(self, key: NestedKey, row: Tensor) -> Tensor:
+        """What is observed in the state at a row that is not the first of its episode."""
+        if self.holds_next:
+            return self._column(unravel_key(("next", key))).index_select(0, row - 1)
+        return self._column(key).index_select(0, row)
+
+    def _future(self, key: NestedKey, start: Tensor, length: int) -> Tensor:
+        """What is observed in the states after ``start``, ``[B, length, *]``."""
+        if self.holds_next:
+            return consecutive(self._column(unravel_key(("next", key))), start, length)
+        return consecutive(self._column(key), start + 1, length)
+
+    @property
+    def _reward(self) -> Tensor | None:
+        """The rewards of all rows, if they have any."""
+        key = unravel_key(("next", self.reward_key))
+        return self._column(key) if self._has(key) else None
+
+    @property
+    def _terminated(self) -> Tensor | None:
+        """Whether rows end the task, if they say it and it counts."""
+        key = ("next", "terminated")
+        return None if self.ignore_terminated or not self._has(key) else self._column(key)
+
+    @property
+    def _outcomes(self) -> dict[str, Any]:
+        """What windows of rows need to know of their rewards and ends."""
+        reward = None if self._reward is None else self._rewards
+        return {"gamma": self.gamma, "reward": reward, "terminated": self._terminated}
+
+    def _scored(self, reward: Tensor) -> Tensor:
+        return -(reward != 0).to(reward.dtype) if self.sparse_rewards else reward
+
+    def _rewards(self, row: Tensor) -> Tensor:
+        """The rewards of rows ``[N]``."""
+        return self._scored(cast("Tensor", self._reward).index_select(0, row))
+
+    def _actions(self, row: Tensor) -> Tensor:
+        """The actions of rows ``[B, h]``."""
+        action = self._column(self.action_key).index_select(0, row.flatten())
+        return action.unflatten(0, row.shape)
+
+    def _labels(self, start: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | None]:
+        """The chunks' discounted rewards and whether they terminate, where the rows tell."""
+        reward, terminated = (
+            None if column is None else consecutive(column, start, chunk_size)
+            for column in (self._reward, self._terminated)
+        )
+        reward = None if reward is None else self._scored(reward)
+        return chunk_labels(reward, terminated, self.gamma)
+
+    def _returns_to_go(self, start: Tensor, gamma: float) -> Tensor:
+        """What is earned from ``start`` on, ``[B, *]``; computed for all rows when they change."""
+        if self._returns is None or self._returns[0] != self.version:
+            row, ends = torch.arange(len(self), device=self.device), self._terminated
+            if ends is not None:
+                ends = ends[: len(self)].reshape(len(self), -1).any(-1)
+            left = rows_until_an_end(self._last(row), ends)
+            self._returns = self.version, returns_to_go(self._rewards(row), left, gamma)
+        return self._returns[1].index_select(0, start)

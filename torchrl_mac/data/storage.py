@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,12 +10,14 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from torchrl_mac.data.returns import returns_to_go, rows_until_an_end
+from torchrl_mac.data.crossing import crossing_window
+from torchrl_mac.data.returns import goal_returns
 from torchrl_mac.data.rows import EpisodeStorage
 from torchrl_mac.data.windows import (
     Window,
-    before_an_end,
+    consecutive,
     expand_as_rows,
+    goal_steps,
     goal_window,
     task_window,
     window_lines,
@@ -83,6 +84,16 @@ class ActionChunkStorage(EpisodeStorage):
     ``negative_reward=False`` :math:`\gamma^k` for success and else 0. From the last row but one
     k = 0: without success its target is its own value.
 
+    With ``subgoals`` such samples also have what a hierarchical policy aims for on the way, states
+    read from ``goal_source`` as goals are (https://arxiv.org/abs/2506.04168):
+
+    ===========================  ============  ===============================================
+    ``("subgoal", goal)``        ``[B, G]``    for each goal, :math:`s_{t+k}` with the k of a
+                                               window towards it: what a high level should choose
+    ``"low_actor_goal"``         ``[B, G]``    n steps ahead or, if nearer, the last row but one,
+                                               whatever the goals: what a low level should reach
+    ===========================  ============  ===============================================
+
     Two more entries can be had of chunks that are within an episode, not with ``n_steps``:
 
     ===========================  ============  ===============================================
@@ -125,6 +136,7 @@ class ActionChunkStorage(EpisodeStorage):
         truncation_is_success (bool, optional): with ``n_steps`` and goals, whether windows that
             the end of the episode cuts short succeed as well, as in OGBench's agents (by
             mistake). Defaults to ``False``.
+        subgoals (bool, optional): whether samples have subgoals. Defaults to ``False``.
         cross_episodes (bool, optional): whether windows run on from one episode into the next, see
             :class:`~torchrl_mac.data.ActionChunkSampler`. Defaults to ``False``.
         end_key (NestedKey, optional): for such windows, the entry of rows (bool ``[N, 1]``) that
@@ -147,7 +159,7 @@ class ActionChunkStorage(EpisodeStorage):
     Raises:
         KeyError: at the first chunk, if the rows lack one of the keys.
         ValueError: if neither or both of ``rows`` and ``max_size`` are given, ``n_steps`` is
-            smaller than 1, or ``future`` or ``return_gamma`` does not go with the rest.
+            smaller than 1, or ``subgoals``, ``future`` or ``return_gamma`` do not go with the rest.
 
     .. note:: Of a window only the first row number, that of the next state and the number of
         actions are read: the others follow.
@@ -215,6 +227,7 @@ class ActionChunkStorage(EpisodeStorage):
         negative_reward: bool = True,
         n_steps: int | None = None,
         truncation_is_success: bool = False,
+        subgoals: bool = False,
         cross_episodes: bool = False,
         end_key: NestedKey | None = None,
         sparse_rewards: bool = False,
@@ -229,6 +242,8 @@ class ActionChunkStorage(EpisodeStorage):
             raise ValueError("Windows across episodes have no goals: cross_episodes=False.")
         if n_steps is not None and n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, or None, got {n_steps}.")
+        if subgoals and (n_steps is None or not goal_keys):
+            raise ValueError("subgoals are on the way to goals: give n_steps and goal_keys.")
         if (future or return_gamma is not None) and (cross_episodes or n_steps is not None):
             raise ValueError(
                 "future and return_gamma are for whole chunks within an episode: without n_steps "
@@ -239,29 +254,30 @@ class ActionChunkStorage(EpisodeStorage):
         super().__init__(
             rows,
             max_size=max_size,
+            gamma=gamma,
+            ignore_terminated=ignore_terminated,
             observation_keys=observation_keys,
+            action_key=action_key,
+            reward_key=reward_key,
             traj_key=traj_key,
+            sparse_rewards=sparse_rewards,
             rows_in_state=rows_in_state,
             episode_ends=episode_ends,
             device=device,
         )
-        self.gamma = gamma
-        self.ignore_terminated = ignore_terminated
-        self.action_key = unravel_key(action_key)
-        self.reward_key = unravel_key(reward_key)
         self.goal_keys = [unravel_key(key) for key in goal_keys]
         self.goal_source = unravel_key(goal_source)
         self.reward_goal = unravel_key(reward_goal)
         self.negative_reward = negative_reward
         self.n_steps = n_steps
         self.truncation_is_success = truncation_is_success
+        ways = [unravel_key(("subgoal", key)) for key in self.goal_keys]
+        self.subgoal_keys = [*ways, "low_actor_goal"] if subgoals else []
         self.cross_episodes = cross_episodes
         self.end_key = None if end_key is None else unravel_key(end_key)
-        self.sparse_rewards = sparse_rewards
         self.future = future
         self.return_gamma = return_gamma
         self.flat_chunk_size = flat_chunk_size
-        self._returns: tuple[tuple[int, int], Tensor] | None = None
 
     def get(self, index: Any) -> Any:
         """Rows, or chunks of them if ``index`` has two dimensions or the storage is flat."""
@@ -297,11 +313,10 @@ class ActionChunkStorage(EpisodeStorage):
         following = TensorDict(batch_size=start.shape, device=device)
         window = None
         if self.cross_episodes:
-            window, action, row, is_last = self._crossing_window(start, chunk_size)
-            end = row + 1
+            window, action, end, is_last = self._crossing_window(start, chunk_size)
             following.set("whole", window.whole)
         elif self.n_steps is None:
-            action = _windows(self._column(self.action_key), start, chunk_size)
+            action = consecutive(self._column(self.action_key), start, chunk_size)
             last = self._last(start)
             if goal is None:
                 reward, terminated = self._labels(start, chunk_size)
@@ -310,7 +325,11 @@ class ActionChunkStorage(EpisodeStorage):
                 reward = terminated.to(torch.float32) - float(self.negative_reward)
         else:
             last = self._last(start)
-            window = self._window(start, end, last, goal, chunk_size, self.n_steps)
+            if self.subgoal_keys:
+                limit = torch.minimum(end, last - 1)
+                ahead = [start + goal_steps(start, limit, row) for row in goals.values()]
+                goals |= dict(zip(self.subgoal_keys, [*ahead, limit], strict=True))
+            window = self._window(start, end, last, goal, chunk_size)
             end = start + window.steps
             action = self._actions(window_rows(start, last, chunk_size))
             inside = start.unsqueeze(-1) + torch.arange(chunk_size, device=start.device)
@@ -329,8 +348,12 @@ class ActionChunkStorage(EpisodeStorage):
                 chunks.set(unravel_key(("future", key)), self._future(key, start, chunk_size))
         for key, row in goals.items():
             chunks.set(key, self._column(self.goal_source).index_select(0, row))
-        if self.return_gamma is not None:
-            chunks.set("return_to_go", self._return_to_go(start, last, goal, self.return_gamma))
+        if (gamma := self.return_gamma) is not None:
+            if goal is None:
+                to_go = self._returns_to_go(start, gamma)
+            else:
+                to_go = goal_returns(start, last, goal, gamma)
+            chunks.set("return_to_go", to_go)
         if reward is not None:
             following.set(self.reward_key, reward)
         if not self.cross_episodes:
@@ -342,44 +365,10 @@ class ActionChunkStorage(EpisodeStorage):
         following.set("done", is_last | terminated)
         return chunks.set("next", following)
 
-    def _next_observation(self, key: NestedKey, row: Tensor) -> Tensor:
-        """What is observed in the state at a row that is not the first of its episode."""
-        if self.holds_next:
-            return self._column(unravel_key(("next", key))).index_select(0, row - 1)
-        return self._column(key).index_select(0, row)
-
-    def _future(self, key: NestedKey, start: Tensor, length: int) -> Tensor:
-        """What is observed in the states after ``start``, ``[B, length, *]``."""
-        if self.holds_next:
-            return _windows(self._column(unravel_key(("next", key))), start, length)
-        return _windows(self._column(key), start + 1, length)
-
-    def _return_to_go(
-        self, start: Tensor, last: Tensor, goal: Tensor | None, gamma: float
-    ) -> Tensor:
-        """What is earned from ``start`` on, ``[B, 1]``."""
-        if goal is not None:
-            reached = (start <= goal) & (goal < last)
-            return (reached * gamma ** (goal - start).clamp_min(0)).float().unsqueeze(-1)
-        if self._returns is None or self._returns[0] != self.version:
-            row = torch.arange(len(self), device=self.device)
-            ends = None
-            if not self.ignore_terminated and self._has(("next", "terminated")):
-                terminated = self._column(("next", "terminated"))[: len(self)]
-                ends = terminated.reshape(len(self), -1).any(-1)
-            left = rows_until_an_end(self._last(row), ends)
-            self._returns = self.version, returns_to_go(self._rewards(row), left, gamma)
-        return self._returns[1].index_select(0, start)
-
-    def _actions(self, row: Tensor) -> Tensor:
-        """The actions of rows ``[B, h]``."""
-        action = self._column(self.action_key).index_select(0, row.flatten())
-        return action.unflatten(0, row.shape)
-
     def _crossing_window(
         self, start: Tensor, chunk_size: int
     ) -> tuple[Window, Tensor, Tensor, Tensor]:
-        """Windows regardless of episodes, their actions; the rows of the last steps, and ends."""
+        """Windows regardless of episodes, their actions, the rows of the next states, and ends."""
         n_steps = chunk_size if self.n_steps is None else self.n_steps
         row = self.crossing_rows.window(start, max(chunk_size, n_steps))
         if self.end_key is None:
@@ -387,93 +376,19 @@ class ActionChunkStorage(EpisodeStorage):
         else:
             ends = self._column(self.end_key).flatten()[row.flatten()].reshape(row.shape)
             ends = ends | (row == len(self) - 1)  # nothing is known to follow
-        inside = before_an_end(ends)
-        counted = row[:, :n_steps]
-        reward = terminated = None
-        if self._has(unravel_key(("next", self.reward_key))):
-            reward = self._rewards(counted.flatten()).unflatten(0, counted.shape)
-            discount = self.gamma ** torch.arange(n_steps, device=row.device)
-            reward = reward.mul_(discount.reshape(-1, *[1] * (reward.ndim - 2))).sum(1)
-        if not self.ignore_terminated and self._has(("next", "terminated")):
-            ended = self._column(("next", "terminated")).index_select(0, counted.flatten())
-            terminated = ended.reshape(len(row), -1).any(1, keepdim=True)
-        window = Window(
-            torch.full_like(start, n_steps),
-            inside[:, :chunk_size],
-            reward,
-            terminated,
-            inside[:, n_steps - 1 : n_steps],
+        window = crossing_window(
+            row, ends, chunk_size=chunk_size, n_steps=n_steps, **self._outcomes
         )
-        last = slice(n_steps - 1, n_steps)
-        return window, self._actions(row[:, :chunk_size]), row[:, n_steps - 1], ends[:, last]
-
-    def _rewards(self, row: Tensor) -> Tensor:
-        """The rewards of rows ``[N]``."""
-        reward = self._column(unravel_key(("next", self.reward_key))).index_select(0, row)
-        return _sparse(reward) if self.sparse_rewards else reward
+        is_last = ends[:, n_steps - 1 : n_steps]
+        return window, self._actions(row[:, :chunk_size]), row[:, n_steps - 1] + 1, is_last
 
     def _window(
-        self,
-        start: Tensor,
-        end: Tensor,
-        last: Tensor,
-        goal: Tensor | None,
-        chunk_size: int,
-        n_steps: int,
+        self, start: Tensor, end: Tensor, last: Tensor, goal: Tensor | None, chunk_size: int
     ) -> Window:
         """Windows of at most n steps, cut where the task or the way to the goal ends."""
-        windows = functools.partial(
-            task_window if goal is None else goal_window,
-            start,
-            end,
-            last,
-            chunk_size=chunk_size,
-            n_steps=n_steps,
-            gamma=self.gamma,
-        )
-        if goal is not None:
-            return windows(
-                goal=goal,
-                negative_reward=self.negative_reward,
-                truncation_is_success=self.truncation_is_success,
-            )
-        reward, terminated = unravel_key(("next", self.reward_key)), ("next", "terminated")
-        ends = not self.ignore_terminated and self._has(terminated)
-        return windows(
-            reward=self._rewards if self._has(reward) else None,
-            terminated=self._column(terminated) if ends else None,
-        )
-
-    def _labels(self, start: Tensor, chunk_size: int) -> tuple[Tensor | None, Tensor | None]:
-        """The chunks' discounted rewards and whether they terminate, where the rows tell."""
-        reward = terminated = over = None
-        if not self.ignore_terminated and self._has(("next", "terminated")):
-            ends = _windows(self._column(("next", "terminated")), start, chunk_size)
-            ends = ends.reshape(*ends.shape[:2], -1).any(-1)
-            terminated = ends.any(1, keepdim=True)
-            # a look at the CPU's memory is free; elsewhere it would have to be waited for
-            if not ends.is_cpu or terminated.any():
-                over = ends[:, :-1].cumsum(1, dtype=torch.int32) > 0
-        if self._has(reward_key := unravel_key(("next", self.reward_key))):
-            reward = _windows(self._column(reward_key), start, chunk_size)
-            reward = _sparse(reward) if self.sparse_rewards else reward
-            discount = self.gamma ** torch.arange(chunk_size, device=reward.device)
-            reward.mul_(discount.reshape(-1, *[1] * (reward.ndim - 2)))
-            if over is not None:
-                reward[:, 1:].masked_fill_(expand_as_rows(over, reward), 0)
-            reward = reward.sum(1)
-        return reward, terminated
-
-
-def _windows(column: Tensor, start: Tensor, length: int) -> Tensor:
-    """Rows ``start`` to ``start + length - 1`` of ``column``, ``[B, length, *]``.
-
-    Gathers from an overlapping view: each window is one contiguous copy, three times faster
-    than ``column[index]`` with ``B * length`` row numbers.
-    """
-    view = column.unfold(0, length, 1).movedim(-1, 1)
-    return view.index_select(0, start)
-
-
-def _sparse(reward: Tensor) -> Tensor:
-    return -(reward != 0).to(reward.dtype)
+        options: dict[str, Any] = {"chunk_size": chunk_size, "n_steps": self.n_steps}
+        if goal is None:
+            return task_window(start, end, last, **options, **self._outcomes)
+        for name in ("gamma", "negative_reward", "truncation_is_success"):
+            options[name] = getattr(self, name)
+        return goal_window(start, end, last, goal, **options)

@@ -19,6 +19,7 @@ from torchrl_mac.modules.mlp import ACTIVATIONS, NormedMLP, TanhGELU
 from torchrl_mac.modules.qvalues import QAggregation, QValueEnsemble
 from torchrl_mac.modules.rejection import FlowRejectionActor
 from torchrl_mac.modules.stacked import StackedMLP
+from torchrl_mac.modules.subgoal import SubgoalActor
 from torchrl_mac.modules.world_model import ChunkedWorldModel, WorldModelBase
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "QAggregation",
     "QValueEnsemble",
     "StackedMLP",
+    "SubgoalActor",
     "TanhGELU",
     "TanhGaussianModel",
     "TanhGaussianPolicy",
