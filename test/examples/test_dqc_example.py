@@ -27,7 +27,7 @@ OVERRIDES = [
     ],
     ids=["dqc", "qc", "os"],
 )
-def test_dqc(data, tmp_path, fork, settings, chunk_size):
+def test_dqc(tmp_path, fork, settings, chunk_size):
     code, said = fork.wait(tmp_path / "run", *OVERRIDES, *settings, example="dqc")
     assert code == 0, said[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())

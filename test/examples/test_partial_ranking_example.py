@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from running import ONE_EPISODE, ROOT, TERMS, run
+from running import ONE_EPISODE, ROOT, TERMS
 
 from torchrl_mac import load_policy
 
@@ -17,7 +17,7 @@ OVERRIDES = [f"phases=[{PHASE}]", "policy_chunk_size=3", "kappa_d=0.7", *ONE_EPI
 @pytest.mark.parametrize(
     "settings", [[], ["task=cube-single-oraclerep", "preset=cpu_goal"]], ids=["task", "goals"]
 )
-def test_mac(data, tmp_path, fork, settings):
+def test_mac(tmp_path, fork, settings):
     overrides = [*OVERRIDES, "replan_interval=3", *settings]
     code, said = fork.wait(tmp_path / "run", *overrides)
     assert code == 0, said[-3000:]
@@ -32,10 +32,10 @@ def test_mac(data, tmp_path, fork, settings):
 
 
 @pytest.mark.slow
-def test_several_tasks(data, tmp_path):
+def test_several_tasks(tmp_path, fork):
     overrides = [*OVERRIDES, "replan_interval=3", "task_ids=[1,3]"]
-    result = run(data, tmp_path / "run", *overrides, example="mac_multitask")
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, said = fork.wait(tmp_path / "run", *overrides, example="mac_multitask")
+    assert code == 0, said[-3000:]
     for path in (tmp_path / "run/policies").iterdir():
         assert load_policy(path).qvalue_network.module.first_actions == 3
 
