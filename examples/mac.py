@@ -5,6 +5,7 @@
     python examples/mac.py task=scene task_id=4 seed=1 wandb=online
     python examples/mac.py task=puzzle-3x3-oraclerep         # goal-conditioned, five tasks at once
     python examples/mac.py policy=one_step                   # ablation: a student without a teacher
+    python examples/mac.py chunk_size=25 policy_chunk_size=5     # chunks ranked by their beginning
 
 Every setting is in configs/mac/. The dataset must be in `data_dir`:
 `torchrl-mac-data generate cube-single-play-v0 --out data`.
@@ -56,7 +57,9 @@ def make_losses(
     network = partial(NormedMLP, activation_class=cfg.activation, device=run.device)
     chunked = {"chunk_size": cfg.chunk_size}
     O = buffer.observation_spec["observation"].shape[-1]  # noqa: E741
-    D = cfg.chunk_size * buffer.action_spec.shape[-1]  # the numbers of a chunk
+    A = buffer.action_spec.shape[-1]
+    D = cfg.chunk_size * A  # the numbers of a chunk
+    R = (cfg.policy_chunk_size or cfg.chunk_size) * A  # those that it is ranked by
     S, state, goal_key = O, ["observation"], None
     if run.is_goal_conditioned:
         goal_key = "goal"
@@ -79,9 +82,10 @@ def make_losses(
         negative_reward=cfg.negative_reward if goal_key else None,
     )
 
-    # Values: V(s), and Q(s, chunk) to choose chunks by
+    # Values: V(s), and Q(s, chunk) to choose chunks by, or by their first actions
     value = ValueOperator(network(S, 1, cfg.value_cells), in_keys=state)
-    qvalue = ValueOperator(network(S + D, 1, cfg.value_cells), in_keys=[*state, "action"])
+    critic = network(S + R, 1, cfg.value_cells, first_actions=cfg.policy_chunk_size)
+    qvalue = ValueOperator(critic, in_keys=[*state, "action"])
 
     # The best of N chunks, in imagination and in the simulator
     imagined, acting = (
@@ -99,6 +103,7 @@ def make_losses(
         world_model,
         imagination_horizon=cfg.imagination_horizon,
         ignore_terminated=cfg.ignore_imagined_terminated,
+        expectile=cfg.kappa_d,
     )
     values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     losses = {
@@ -112,7 +117,7 @@ def make_losses(
 @hydra.main(config_path="../configs/mac", config_name="mac", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates and reports; the same command goes on where it was interrupted."""
-    with Experiment(cfg, fixed=["average_rewards"]) as run:
+    with Experiment(cfg, fixed=["average_rewards", "policy_chunk_size"]) as run:
         train, validation = (make_buffer(cfg, run, split) for split in ("train", "val"))
         losses, actor = make_losses(cfg, run, train)
         run.train(

@@ -58,7 +58,9 @@ def make_losses(
     shared = partial(NormedMLP, activation_class=cfg.activation, device=run.device)
     of_tasks = partial(StackedMLP, num_tasks, activation_class=cfg.activation, device=run.device)
     S = buffer.observation_spec["observation"].shape[-1]
-    D = cfg.chunk_size * buffer.action_spec.shape[-1]
+    A = buffer.action_spec.shape[-1]
+    D = cfg.chunk_size * A  # the numbers of a chunk
+    R = (cfg.policy_chunk_size or cfg.chunk_size) * A  # those that it is ranked by
 
     # Behaviour and dynamics of all tasks
     flow = FlowMatchingPolicy(shared(S + D + 1, D, cfg.policy_cells), D, cfg.flow_steps)
@@ -72,7 +74,8 @@ def make_losses(
     world_model = ChunkedWorldModel(dynamics, *heads)
     value = ValueOperator(of_tasks(S, 1, cfg.value_cells))
     keys = ["observation", "action"]
-    qvalue = ValueOperator(of_tasks(S + D, 1, cfg.value_cells), in_keys=keys)
+    critics = of_tasks(S + R, 1, cfg.value_cells, first_actions=cfg.policy_chunk_size)
+    qvalue = ValueOperator(critics, in_keys=keys)
 
     chunked = {"chunk_size": cfg.chunk_size}
     imagined = FlowRejectionActor(candidates, qvalue, num_candidates=cfg.num_candidates, **chunked)
@@ -83,6 +86,7 @@ def make_losses(
         world_model,
         imagination_horizon=cfg.imagination_horizon,
         ignore_terminated=cfg.ignore_imagined_terminated,
+        expectile=cfg.kappa_d,
     )
     values.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     losses = {
@@ -106,7 +110,7 @@ def make_losses(
 @hydra.main(config_path="../configs/mac", config_name="mac_multitask", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Trains, evaluates each task, and leaves summary.json, curves and policies behind."""
-    with Experiment(cfg, fixed=["average_rewards"]) as run:
+    with Experiment(cfg, fixed=["average_rewards", "policy_chunk_size"]) as run:
         if run.is_goal_conditioned:
             raise ValueError(
                 f"dataset={cfg.dataset} makes one agent for all tasks, which is mac.py's work. "

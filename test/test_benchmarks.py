@@ -82,10 +82,6 @@ def test_gpu_script_on_a_bare_cpu_machine(tmp_path):
     assert (tmp_path / "gpu.md").read_text() in output
 
 
-if __name__ == "__main__":
-    pytest.main([__file__])
-
-
 def test_emulated_bf16_is_bf16(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from assembly import make_batch
@@ -107,3 +103,27 @@ def test_emulated_bf16_is_bf16(monkeypatch):
     error = (rounded - real).abs().mean() / (values["fp32"] - real).abs().mean()
     assert 0 <= error < 0.05  # against what bfloat16 changes
     assert not torch.equal(values["fp32"], rounded)
+
+
+def test_partial_ranking(tmp_path):
+    rates = {(10, None, 0): 0.5, (10, None, 1): 0.7, (10, 5, 0): 0.9, (25, 5, 0): 0.25}
+    for (h, first, seed), rate in rates.items():
+        folder = tmp_path / f"{h}-{first}-{seed}"
+        (folder / "policy").mkdir(parents=True)
+        summary = {"success_rate": rate, "train_seconds": 60.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        of = {"chunk_size": h, "policy_chunk_size": first, "seed": seed}
+        metadata = {**of, "kappa_d": None, "replan_interval": 5}
+        (folder / "policy/policy.json").write_text(json.dumps({"metadata": metadata}))
+    (tmp_path / "unfinished").mkdir()
+    rows = run(FOLDER / "partial_ranking.py", tmp_path).splitlines()[2:]
+    assert rows == [
+        "| 10 | first 5 | 5 | 0.90 | 0.90 | 60 s |",
+        "| 25 | first 5 | 5 | 0.25 | 0.25 | 60 s |",
+        "| 10 | whole chunks | 5 | 0.50, 0.70 | 0.60 | 60 s |",
+    ]
+    assert (tmp_path / "partial_ranking.png").stat().st_size > 5_000
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])

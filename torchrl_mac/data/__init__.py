@@ -2,6 +2,7 @@
 
 from torchrl.data.datasets import register_dataset
 
+from torchrl_mac.data.first_actions import FirstActions
 from torchrl_mac.data.goals import GoalDistribution
 from torchrl_mac.data.mixed import MixedReplayBuffer, StackedReplayBuffer
 from torchrl_mac.data.ogbench import OGBenchExperienceReplay
@@ -14,6 +15,7 @@ __all__ = [
     "ActionChunkExperienceReplay",
     "ActionChunkSampler",
     "ActionChunkStorage",
+    "FirstActions",
     "GoalDistribution",
     "MixedReplayBuffer",
     "OGBenchExperienceReplay",

@@ -67,6 +67,8 @@ class NormedMLP(nn.Module, Configurable):
         layer_norm (bool, optional): whether hidden layers are normalised. Defaults to ``True``.
         norm_first (bool, optional): whether they are normalised before they are activated, as the
             critics of RLPD (https://arxiv.org/abs/2302.02948). Defaults to ``False``.
+        first_actions (int, optional): of a chunk among the inputs only so many actions are read,
+            the first. Default: all.
         device (torch.device, optional): the device of the parameters.
 
     Under :class:`torch.autocast` the last layer is computed in full precision.
@@ -96,12 +98,14 @@ class NormedMLP(nn.Module, Configurable):
         activation_class: Callable[[], nn.Module] | str = TanhGELU,
         layer_norm: bool = True,
         norm_first: bool = False,
+        first_actions: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.num_cells = tuple(num_cells)
         self.layer_norm, self.norm_first = layer_norm, norm_first
+        self.first_actions = first_actions
         self.activation_class = activation_class = activation(activation_class)
         layers: list[nn.Module] = []
         for cells in num_cells:
@@ -127,11 +131,12 @@ class NormedMLP(nn.Module, Configurable):
             "activation_class": activation_name(self.activation_class),
             "layer_norm": self.layer_norm,
             "norm_first": self.norm_first,
+            "first_actions": self.first_actions,
         }
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[*, ...]`` to an output ``[*, out_features]``."""
-        features = concatenated(inputs)
+        features = concatenated(inputs, self.first_actions)
         if features.shape[-1] != self.in_features:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise ValueError(

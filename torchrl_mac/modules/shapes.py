@@ -10,15 +10,23 @@ from torch import Tensor
 __all__ = ["concatenated", "shaped"]
 
 
-def concatenated(inputs: Iterable[Tensor]) -> Tensor:
+def concatenated(inputs: Iterable[Tensor], first_actions: int | None = None) -> Tensor:
     """Inputs side by side, ``[*, N]``; all but the first, ``[*, O]``, may be chunks ``[*, h, A]``.
+
+    Args:
+        inputs (iterable of Tensor): the inputs.
+        first_actions (int, optional): how many actions of a chunk count, the first. Default: all.
 
     Examples:
         >>> import torch
         >>> concatenated([torch.zeros(3, 4), torch.zeros(3, 10, 2)]).shape
         torch.Size([3, 24])
+        >>> concatenated([torch.zeros(3, 4), torch.zeros(3, 10, 2)], first_actions=5).shape
+        torch.Size([3, 14])
     """
     first, *others = inputs
+    if first_actions is not None:
+        others = [x[..., :first_actions, :] if x.ndim > first.ndim else x for x in others]
     if not others:
         return first
     return torch.cat([first, *(x.flatten(first.ndim - 1) for x in others)], -1)

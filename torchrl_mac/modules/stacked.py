@@ -41,6 +41,7 @@ class StackedMLP(nn.Module, Configurable):
     Keyword Args:
         activation_class (callable or str, optional): see :class:`NormedMLP`.
         layer_norm, norm_first (bool, optional): see :class:`NormedMLP`.
+        first_actions (int, optional): see :class:`NormedMLP`.
         broadcast (bool, optional): whether inputs ``[*, ...]`` are those of every network. Defaults
             to ``False``: inputs are ``[T, *, ...]``.
         device (torch.device, optional): the device of the parameters.
@@ -77,6 +78,7 @@ class StackedMLP(nn.Module, Configurable):
         activation_class: Callable[[], nn.Module] | str = TanhGELU,
         layer_norm: bool = True,
         norm_first: bool = False,
+        first_actions: int | None = None,
         broadcast: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class StackedMLP(nn.Module, Configurable):
         self.in_features, self.out_features = in_features, out_features
         self.num_cells = tuple(num_cells)
         self.layer_norm, self.norm_first = layer_norm, norm_first
+        self.first_actions = first_actions
         self.broadcast = broadcast
         self.activation_class = activation(activation_class)
         self.activation = self.activation_class()
@@ -120,11 +123,12 @@ class StackedMLP(nn.Module, Configurable):
             "activation_class": self.activation_class,
             "layer_norm": self.layer_norm,
             "norm_first": self.norm_first,
+            "first_actions": self.first_actions,
         }
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps the inputs to outputs ``[T, *, out_features]``."""
-        features = concatenated(inputs)
+        features = concatenated(inputs, self.first_actions)
         if self.broadcast:
             features = features.expand(self.num_networks, *features.shape)
         if features.shape[0] != self.num_networks or features.shape[-1] != self.in_features:

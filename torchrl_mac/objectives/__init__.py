@@ -1,6 +1,7 @@
 """The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
 from torchrl_mac.objectives.critics import QValueLossBase
+from torchrl_mac.objectives.dqc import DQCLoss
 from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
@@ -21,6 +22,7 @@ __all__ = [
     "ChunkedQValueLoss",
     "ChunkedSACLoss",
     "ChunkedWorldModelLoss",
+    "DQCLoss",
     "DreamerLoss",
     "FQLExpansionLoss",
     "FQLLoss",

@@ -208,23 +208,36 @@ class QValueLossBase(LossModule):
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The regression of all critics on one target, and what it was computed from."""
-        keys = self.tensor_keys
-        target = self.target(tensordict)
-        inputs = self._conditions.read(tensordict, self._critic_keys)
-        size = tensordict.get(("next", keys.reward)).shape[:-1]
-        inputs[keys.action] = required(tensordict, keys.action)
-        taken = TensorDict(inputs, batch_size=size)
+        target, taken = self.target(tensordict), self._taken(tensordict)
         members = self.members(taken, self.qvalue_network_params)
         same_shape("the critics' values", members, (members.shape[0], *target.shape))
         errors = self._errors(members, target, taken)
-        whole = tensordict.get(("next", keys.whole), None)
-        if whole is not None:
-            errors = errors * same_shape(("next", keys.whole), whole, (*size, 1)).squeeze(-1)
-        if not torch.compiler.is_compiling():
-            tensordict.set(keys.priority, errors.detach().max(0).values)
-        error = errors.mean(0) if self.critic_reduction == "mean" else errors.sum(0)
         values = {"pred_value": self.expected(members.detach()), "target_value": target}
-        return self._reduced(error, tensordict), values
+        return self._critics_loss(errors, tensordict), values
+
+    def _taken(self, tensordict: TensorDictBase) -> TensorDict:
+        """What the critics read of the data's own actions."""
+        keys = self.tensor_keys
+        inputs = self._conditions.read(tensordict, self._critic_keys)
+        inputs[keys.action] = required(tensordict, keys.action)
+        return TensorDict(inputs, tensordict.get(("next", keys.reward)).shape[:-1])
+
+    def _critics_loss(self, errors: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """The loss that the errors of critics ``[E, *]`` make; also the samples' priorities."""
+        errors = self._counted(errors, tensordict)
+        if not torch.compiler.is_compiling():
+            tensordict.set(self.tensor_keys.priority, errors.detach().max(0).values)
+        error = errors.mean(0) if self.critic_reduction == "mean" else errors.sum(0)
+        return self._reduced(error, tensordict)
+
+    def _counted(self, errors: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Errors ``[..., *]``, of which those of windows that are not whole are 0."""
+        keys = self.tensor_keys
+        whole = tensordict.get(("next", keys.whole), None)
+        if whole is None:
+            return errors
+        size = tensordict.get(("next", keys.reward)).shape
+        return errors * same_shape(("next", keys.whole), whole, size).squeeze(-1)
 
     def expected(self, members: Tensor) -> Tensor:
         """The one value ``[*]`` that critics ``[E, *]`` expect together."""

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from torchrl_mac.objectives.common import required, same_shape
+from torchrl_mac.objectives.common import same_shape
 from torchrl_mac.objectives.critics import QValueLossBase
 from torchrl_mac.objectives.regression import (
     Asymmetry,
@@ -150,16 +150,14 @@ class InSampleValueLoss(QValueLossBase):
     def value_loss(self, tensordict: TensorDictBase) -> Tensor:
         """The regression of V on the target critics of the data's actions."""
         value = self._value(tensordict).squeeze(-1)
-        inputs = self._conditions.read(tensordict, self._critic_keys)
-        inputs[self.tensor_keys.action] = required(tensordict, self.tensor_keys.action)
         with torch.no_grad():
-            taken = TensorDict(inputs, batch_size=value.shape)
+            taken = self._taken(tensordict)
             target = self.expected(self.members(taken, self.target_qvalue_network_params))
         same_shape("the critics' value", target, value.shape)
         error = asymmetric_difference(
             value, target, self.loss_function, self.expectile, self.asymmetry
         )
-        return self._reduced(error, tensordict)
+        return self._reduced(self._counted(error, tensordict), tensordict)
 
     def _next_value(self, tensordict: TensorDictBase) -> Tensor:
         return expectation(self._value(tensordict, following=True), self.loss_function)

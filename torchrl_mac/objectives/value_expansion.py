@@ -15,6 +15,7 @@ from torchrl.envs.utils import step_mdp
 from torchrl_mac.modules import ChunkActor
 from torchrl_mac.objectives.common import autocast_to, ranking_with, required, same_shape
 from torchrl_mac.objectives.imagination import ImaginationLossBase
+from torchrl_mac.objectives.regression import asymmetric_difference
 
 __all__ = ["ValueExpansionLoss"]
 
@@ -37,6 +38,13 @@ class ValueExpansionLoss(ImaginationLossBase):
     (https://arxiv.org/abs/2512.08108). Q bootstraps from the online V and is fitted only at the
     action the actor chose; V looks ahead as far as the rollout goes.
 
+    A Q that reads the first actions of a chunk alone (``first_actions`` of
+    :class:`~torchrl_mac.modules.NormedMLP`) ranks chunks by what can be done before the next
+    choice. What it learns is then an average over the actions that follow or, with an
+    ``expectile`` :math:`\kappa` above one half, what the better ones lead to
+    (https://arxiv.org/abs/2512.10926): squares count :math:`\kappa` where Q is below its target and
+    :math:`1 - \kappa` elsewhere.
+
     Args:
         actor_network (ChunkActor): chooses chunks by ``qvalue_network``. It is not
             trained here: its policy's parameters are not this module's.
@@ -49,6 +57,7 @@ class ValueExpansionLoss(ImaginationLossBase):
     Keyword Args:
         sampling_dtype (torch.dtype, optional): rollouts are imagined under autocast to this dtype.
             Defaults to none.
+        expectile (float, optional): that of Q. Defaults to none: both sides count 1.
         **kwargs: those of :class:`~torchrl_mac.objectives.ImaginationLossBase`:
             ``imagination_horizon``, ``chunk_size``, ``delay_value``, ``ignore_terminated``
             (:math:`m = 1` throughout) and ``reduction``.
@@ -57,7 +66,7 @@ class ValueExpansionLoss(ImaginationLossBase):
     of D coordinates.
 
     Raises:
-        ValueError: if the actor ranks with another Q.
+        ValueError: if the actor ranks with another Q, or ``expectile`` is not between 0 and 1.
 
     The discount, per environment step, is set with
     ``make_value_estimator(gamma=0.999, lmbda=1.0)``; these are the defaults.
@@ -109,8 +118,11 @@ class ValueExpansionLoss(ImaginationLossBase):
         world_model: TensorDictModuleBase,
         *,
         sampling_dtype: torch.dtype | None = None,
+        expectile: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if expectile is not None and not 0 < expectile < 1:
+            raise ValueError(f"expectile must be between 0 and 1, or None, got {expectile}.")
         if getattr(actor_network, "qvalue_network", qvalue_network) is not qvalue_network:
             raise ValueError(
                 "actor_network ranks candidates with another network than qvalue_network; give "
@@ -118,6 +130,7 @@ class ValueExpansionLoss(ImaginationLossBase):
             )
         super().__init__(actor_network, value_network, world_model, **kwargs)
         self.sampling_dtype = sampling_dtype
+        self.expectile = expectile
         self.convert_to_functional(qvalue_network, "qvalue_network")
         if (ranked := getattr(actor_network, "qvalue_key", None)) is not None:
             self.set_keys(state_action_value=ranked)  # what is trained is what chunks are ranked by
@@ -177,7 +190,7 @@ class ValueExpansionLoss(ImaginationLossBase):
         chosen = same_shape(
             keys.state_action_value, qvalue.get(keys.state_action_value), target.shape
         )
-        error = (chosen - target).square().mean(-1)
+        error = asymmetric_difference(chosen, target, "l2", self.expectile).mean(-1)
         return self._reduced(error, first)
 
     @torch.no_grad()

@@ -101,6 +101,12 @@ _RULES: dict[str, Rule] = {
     # Algorithm
     "activation": _one_of("gelu", "relu"),
     "chunk_size": _count(1),
+    "policy_chunk_size": _count(1, optional=True),
+    "chunk_critic": _flag,
+    "kappa_b": _maybe(_number(0, 1)),
+    "kappa_d": _maybe(_number(0, 1)),
+    "backup": _one_of("expectile", "quantile"),
+    "distillation": _one_of("expectile", "quantile"),
     "n_steps": _count(1),
     "num_members": _count(1),
     "num_qvalue_nets": _count(1),
@@ -164,15 +170,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     online = settings.get("online") or {}
     if not settings.get("phases", True) and not online.get("frames"):
         raise ValueError("phases=[] cannot be: name at least one phase to train, or online.frames.")
-    if settings.get("replan_interval", 1) > settings.get("chunk_size", math.inf):
+    for key, limit, reason in (
+        ("policy_chunk_size", "chunk_size", "a chunk has only"),
+        ("replan_interval", "chunk_size", "a chunk has only"),
+        ("replan_interval", "policy_chunk_size", "a choice is made by only"),
+        ("chunk_size", "horizon", "a window has only"),
+    ):
+        most = settings.get(limit)
+        if most is not None and (settings.get(key) or 1) > most:
+            raise ValueError(f"{key}={settings[key]} cannot be: {reason} {limit}={most} actions.")
+    if online.get("frames") and settings.get("policy_chunk_size"):
         raise ValueError(
-            f"replan_interval={settings['replan_interval']} cannot be: a chunk has only "
-            f"chunk_size={settings['chunk_size']} actions."
-        )
-    if settings.get("chunk_size", 1) > settings.get("horizon", math.inf):
-        raise ValueError(
-            f"chunk_size={settings['chunk_size']} cannot be: a window has only "
-            f"horizon={settings['horizon']} actions."
+            f"policy_chunk_size={settings['policy_chunk_size']} cannot be with online.frames: "
+            "chunks are executed whole there."
         )
     device = settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.get("cudagraphs") and torch.device(device).type != "cuda":
