@@ -1,5 +1,6 @@
 """The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
+from torchrl_mac.objectives.ddpg_bc import DDPGBCLoss
 from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
 from torchrl_mac.objectives.fql import FQLLoss
@@ -19,6 +20,7 @@ __all__ = [
     "ChunkedQValueLoss",
     "ChunkedSACLoss",
     "ChunkedWorldModelLoss",
+    "DDPGBCLoss",
     "DreamerLoss",
     "FQLExpansionLoss",
     "FQLLoss",
