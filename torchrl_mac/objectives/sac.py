@@ -57,7 +57,7 @@ class ChunkedSACLoss(QValueLossBase):
             action coordinates.
         bc_alpha (float, optional): the weight of cloning; 0 (default) is none.
         bc (str, optional): ``"likelihood"`` (default), a term of its own, or ``"squared"``, a part
-            of ``"loss_actor"`` that grows with :math:`\overline{|Q|}`, the mean size of Q in the batch.
+            of ``"loss_actor"``, where :math:`\overline{|Q|}` is the mean size of Q in the batch.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
             ``q_aggregation``, ``chunk_size``, ``target_range``, ``sampling_dtype``, ``reduction``.
 
