@@ -81,8 +81,9 @@ def test_any_shape_and_layout(shape, sizes, transposed):
 
 
 @needs_onednn
-def test_weights_are_laid_out_when_they_are_used_again(calls):
+def test_weights_are_laid_out_when_they_are_used_much(calls, monkeypatch):
     network, x = NormedMLP(4, 4, [8]), torch.randn(3, 4)
+    monkeypatch.setattr(fused, "PAYS_FROM", 2 * 3 * 32)  # those of one use
     with torch.no_grad():
         expected = [network(x), network(network(x)), network(network(network(x)))]
         calls.clear()
@@ -95,11 +96,17 @@ def test_weights_are_laid_out_when_they_are_used_again(calls):
     first, second, third = [("gelu", False), ("none", False)], [], [("gelu", True), ("none", True)]
     second = ["layout", ("gelu", True), "layout", ("none", True)]
     assert calls == [*first, *second, *third]
+    monkeypatch.setattr(fused, "PAYS_FROM", 2 * 3 * 32 + 1)
+    calls.clear()
+    with torch.no_grad(), frozen_weights():
+        network(network(network(x)))
+    assert calls == [*first, *first, *second]
 
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
-def test_weights_may_change_outside_of_the_context(dtype):
+def test_weights_may_change_outside_of_the_context(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "PAYS_FROM", 1)
     model = FlowMatchingModel(NormedMLP(4 + 3 + 1, 3, [8]), 3, num_steps=4, low=-9, high=9)
     x, noise = torch.randn(5, 4), torch.randn(5, 3)
     for _ in range(2):
@@ -136,6 +143,7 @@ def test_left_alone(calls):
 @needs_onednn
 def test_losses_are_the_same(calls, monkeypatch):
     """All that MAC's update computes without a gradient."""
+    monkeypatch.setattr(fused, "PAYS_FROM", 1)
     size = Size([32], 16, 3, 3, 3, 5, 2, 4)
     torch.manual_seed(0)
     losses, batch = make_mac(size), make_batch(size, seed=1)

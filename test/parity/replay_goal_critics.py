@@ -32,7 +32,7 @@ TOLERANCES = {
     "target": 1e-5,
     "gradient": 3e-5,
     "parameter": 1e-5,
-    "target_parameter": 5e-7,
+    "target_parameter": 1e-6,
     "action": 1e-5,
 }
 LOSSES = {
@@ -44,8 +44,8 @@ STATE = ["observation", "goal"]
 
 
 def accepts(case: str, config: dict) -> bool:
-    """Whether a case is one of these agents'."""
-    return config.get("agent_name") in LOSSES
+    """Whether a case is one of these agents', not windows of their data alone."""
+    return config.get("agent_name") in LOSSES and not case.startswith("probe/")
 
 
 class Agent:

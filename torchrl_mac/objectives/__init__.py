@@ -1,5 +1,6 @@
 """The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
+from torchrl_mac.objectives.critics import QValueLossBase
 from torchrl_mac.objectives.ddpg_bc import DDPGBCLoss
 from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
@@ -9,9 +10,10 @@ from torchrl_mac.objectives.future_model import FutureModelLoss
 from torchrl_mac.objectives.future_value import FutureValueLoss
 from torchrl_mac.objectives.gaussian_bc import GaussianBCLoss
 from torchrl_mac.objectives.imagination import ImaginationLossBase
+from torchrl_mac.objectives.in_sample import InSampleValueLoss
 from torchrl_mac.objectives.leq import LEQLoss
 from torchrl_mac.objectives.penalties import RewardPenalty, deviation_penalty, value_penalty
-from torchrl_mac.objectives.qvalue import ChunkedQValueLoss, QValueLossBase
+from torchrl_mac.objectives.qvalue import ChunkedQValueLoss
 from torchrl_mac.objectives.sac import ChunkedSACLoss
 from torchrl_mac.objectives.value_expansion import ValueExpansionLoss
 from torchrl_mac.objectives.world_model import ChunkedWorldModelLoss
@@ -29,6 +31,7 @@ __all__ = [
     "FutureValueLoss",
     "GaussianBCLoss",
     "ImaginationLossBase",
+    "InSampleValueLoss",
     "LEQLoss",
     "QValueLossBase",
     "RewardPenalty",

@@ -19,7 +19,7 @@ from torchrl_mac.objectives.common import (
     flow_matching_error,
     given_or_drawn,
 )
-from torchrl_mac.objectives.qvalue import QValueLossBase
+from torchrl_mac.objectives.critics import QValueLossBase
 
 __all__ = ["FQLLoss"]
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torch.nn import functional as F
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
 from torchrl_mac.objectives.common import GoalKeys, required, same_shape
+from torchrl_mac.objectives.regression import ValueLoss, difference, expectation
 
 __all__ = ["FutureValueLoss"]
-
-ValueLoss = Literal["l2", "bce"]
 
 
 class FutureValueLoss(LossModule):
@@ -202,8 +200,7 @@ class FutureValueLoss(LossModule):
 
     def next_value(self, tensordict: TensorDictBase) -> Tensor:
         """What V expects after the h steps, ``[*, 1]``."""
-        value = self._value(tensordict, following=True)
-        return value.sigmoid() if self.loss_function == "bce" else value
+        return expectation(self._value(tensordict, following=True), self.loss_function)
 
     def _value(self, tensordict: TensorDictBase, *, following: bool = False) -> Tensor:
         read = self._conditions.read
@@ -216,9 +213,7 @@ class FutureValueLoss(LossModule):
         same_shape("the value's target", target, value.shape)
         if self.loss_function == "bce":
             target = target.clamp(0, 1)
-            error = F.binary_cross_entropy_with_logits(value, target, reduction="none")
-        else:
-            error = (value - target).square()
+        error = difference(value, target, self.loss_function)
         weights = self._maybe_get_priority_weight(tensordict)
         return self._reduce_loss(error.squeeze(-1), tensordict, weights=weights)
 

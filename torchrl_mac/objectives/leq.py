@@ -17,7 +17,7 @@ from torchrl_mac.modules import ChunkActor
 from torchrl_mac.modules.qvalues import aggregate
 from torchrl_mac.objectives.average_return import average_return, look_ahead_shares
 from torchrl_mac.objectives.common import GoalKeys, autocast_to, required, same_shape
-from torchrl_mac.objectives.qvalue import QValueLossBase
+from torchrl_mac.objectives.critics import QValueLossBase
 
 __all__ = ["LEQLoss"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 from torchrl_mac.modules import EnsembleWorldModel
-from torchrl_mac.objectives.qvalue import QValueLossBase
+from torchrl_mac.objectives.critics import QValueLossBase
 
 __all__ = ["RewardPenalty", "deviation_penalty", "value_penalty"]
 

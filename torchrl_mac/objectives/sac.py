@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchrl_mac.modules import TanhGaussianPolicy
 from torchrl_mac.objectives.common import GoalKeys, condition_and_action, given_or_drawn
-from torchrl_mac.objectives.qvalue import QValueLossBase
+from torchrl_mac.objectives.critics import QValueLossBase
 
 __all__ = ["ChunkedSACLoss"]
 
