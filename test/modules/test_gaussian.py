@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.distributions import Normal
 from torchrl.modules import TanhNormal
 
-from torchrl_mac.modules import NormedMLP, PolicyActor, TanhGaussianModel, TanhGaussianPolicy
+from torchrl_mac.modules import (
+    GaussianModel,
+    GaussianPolicy,
+    NormedMLP,
+    PolicyActor,
+    TanhGaussianModel,
+    TanhGaussianPolicy,
+    build,
+    describe,
+)
 
 OBS, D = 4, 6
 
@@ -60,11 +72,41 @@ def test_it_acts_in_chunks():
     assert not torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (5, 2)])
+def test_a_constant_deviation(shape):
+    policy = GaussianModel(NormedMLP(OBS, D, [8]), D, std=0.5)
+    observation, noise = torch.randn(*shape, OBS), 3 * torch.randn(*shape, D)
+    mean = policy.mean(observation)
+    expected = Normal(mean, 0.5)
+    action = policy(observation, noise)
+    torch.testing.assert_close(action, (mean + 0.5 * noise).clamp(-1, 1))
+    density = policy.log_prob(mean, action)
+    torch.testing.assert_close(density, expected.log_prob(action).sum(-1))
+
+
+def test_its_mode_in_evaluation_and_its_description():
+    policy = GaussianPolicy(NormedMLP(OBS, D, [8]), D, std=0.5)
+    policy.module.network.layers[-1].bias.data[0] = 9.0
+    actor = PolicyActor(policy, deterministic=True, chunk_size=3)
+    td = TensorDict(observation=torch.randn(5, OBS), batch_size=[5])
+    chunk = actor(td.clone())["action"]
+    mean = policy.module.mean(td["observation"])
+    torch.testing.assert_close(chunk.flatten(1), mean.clamp(-1, 1))
+    again = build(json.loads(json.dumps(describe(actor))))
+    again.load_state_dict(actor.state_dict())
+    assert torch.equal(again(td.clone())["action"], chunk)
+    assert again.policy.module.std == 0.5
+
+
 def test_errors():
     with pytest.raises(ValueError, match="The noise must have shape"):
         model()(torch.randn(5, OBS), torch.randn(5, D + 1))
     with pytest.raises(ValueError, match="The output of network must have shape"):
         TanhGaussianModel(NormedMLP(OBS, D, [8]), D)(torch.randn(5, OBS))
+    with pytest.raises(ValueError, match="The output of network must have shape"):
+        GaussianModel(NormedMLP(OBS, 2 * D, [8]), D)(torch.randn(5, OBS))
+    with pytest.raises(ValueError, match="std must be positive"):
+        GaussianModel(NormedMLP(OBS, D, [8]), D, std=0.0)
 
 
 if __name__ == "__main__":

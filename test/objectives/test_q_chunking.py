@@ -284,6 +284,28 @@ def test_it_is_the_loss_of_torchrl(aggregation):
         torch.testing.assert_close(results[0][key], value)
 
 
+def test_squared_cloning_is_a_part_of_the_actor_s_term():
+    plain, td = sac(bc_alpha=0.0), batch()
+    assert "loss_bc" not in plain.out_keys
+    expected = plain(td)["loss_actor"]
+    s, noise = td["observation"], td["actor_noise"]
+    action = plain.actor_network.module(s, noise)
+    size = member_values(plain, s, action).mean(0).abs().mean()
+    distance = 0.0
+    for ours, theirs in zip(action.tolist(), td["action"].flatten(1).tolist(), strict=True):
+        distance += sum((x - y) ** 2 for x, y in zip(ours, theirs, strict=True)) / B
+    plain.bc, plain.bc_alpha = "squared", 0.3
+    out = plain(td)
+    assert set(out.keys()) == {*plain.out_keys, "pred_value", "target_value"}
+    torch.testing.assert_close(out["loss_actor"], expected + 0.3 * size * distance)
+    out["loss_actor"].backward()
+    assert all(p.grad is None for p in plain.qvalue_network_params.values(True, True))
+    plain.reduction = "none"
+    each = plain(td)["loss_actor"]
+    assert each.shape == (B,)
+    torch.testing.assert_close(each.mean(), out["loss_actor"])
+
+
 def test_normalised_q():
     plain, td = fql(), batch()
     _, parts = plain.actor_loss(td)
@@ -487,6 +509,8 @@ class TestInterface:
             loss.make_value_estimator(gamma=1.5)
         with pytest.raises(ValueError, match="alpha_init must be positive"):
             sac(alpha_init=0.0)
+        with pytest.raises(ValueError, match="bc must be one of"):
+            sac(bc="cubed")
         with pytest.raises(KeyError, match="reward"):
             loss(td.exclude(("next", "reward")))
         with pytest.raises(ValueError, match="'action' has shape"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import replay_fmpc
+import replay_goal_critics
 import replay_goal_windows
 import replay_leq
 import replay_leq_original
@@ -36,6 +37,7 @@ FAMILIES = (
     replay_leq,
     replay_leq_original,
     replay_fmpc,
+    replay_goal_critics,
     replay_qc,
     replay_windows,
     replay_sharsa,

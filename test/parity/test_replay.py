@@ -204,6 +204,47 @@ def test_replay_of_fmpc_notices_a_difference(tmp_path, capsys, key, kind):
     assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
 
 
+def test_replay_agrees_with_goal_conditioned_critics(capsys):
+    assert replay.main([str(ASSETS / "gcrl.npz")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"gciql", "ngcsacbc"} <= set(report)
+    kinds = {"loss", "target", "gradient", "parameter", "target_parameter", "action"}
+    modules = {"gciql": {"value", "critic", "actor"}, "ngcsacbc": {"critic", "actor", "lam"}}
+    for case, trained in modules.items():
+        assert set(report[case]["largest_relative_error"]) == kinds
+        names = report[case]["all"]
+        for kind in ("gradient", "parameter"):
+            assert {key.split("/")[0] for key in names[kind]} == trained
+        assert set(names["action"]) == {"temp0", "temp1"}
+    losses = {"critic", "actor_total", "lam", "entropy", "total"}
+    assert set(report["ngcsacbc"]["all"]["loss"]) == {
+        *losses,
+        *(f"corrected/{name}" for name in losses),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("gciql__step0__official__loss__value", "loss"),
+        ("gciql__step0__batch__value_goals", "target"),
+        ("gciql__step1__batch__actor_goals", "gradient"),
+        ("gciql__step2__params_after__target_critic__Dense_0__kernel", "target_parameter"),
+        ("gciql__eval__official_action_temp1", "action"),
+        ("ngcsacbc__step0__noise__critic_eps", "target"),
+        ("ngcsacbc__step0__noise__actor_eps", "gradient"),
+        ("ngcsacbc__step1__batch__high_value_subgoal_steps", "target"),
+        ("ngcsacbc__step1__corrected__high_value_rewards", "target"),
+        ("ngcsacbc__step2__corrected__loss__total", "loss"),
+        ("ngcsacbc__step2__params_after__lam__log_value", "parameter"),
+    ],
+)
+def test_replay_of_goal_conditioned_critics_notices_a_difference(tmp_path, capsys, key, kind):
+    assert replay.main([str(tampered(tmp_path, ASSETS / "gcrl.npz", **{key: 1.05}))]) == 1
+    errors = json.loads(capsys.readouterr().out)[key.split("__")[0]]["largest_relative_error"]
+    assert kind in [name for name, entry in errors.items() if entry["error"] > entry["tolerance"]]
+
+
 def test_replay_agrees_with_leq(capsys):
     assert replay.main([str(ASSETS / "leq.npz")]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -14,7 +14,12 @@ from torchrl_mac.modules.flow import (
     OneStepPolicy,
 )
 from torchrl_mac.modules.future import FlowFutureModel, FuturePlanningActor, MLPFutureModel
-from torchrl_mac.modules.gaussian import TanhGaussianModel, TanhGaussianPolicy
+from torchrl_mac.modules.gaussian import (
+    GaussianModel,
+    GaussianPolicy,
+    TanhGaussianModel,
+    TanhGaussianPolicy,
+)
 from torchrl_mac.modules.mlp import ACTIVATIONS, NormedMLP, TanhGELU
 from torchrl_mac.modules.qvalues import QAggregation, QValueEnsemble
 from torchrl_mac.modules.rejection import FlowRejectionActor
@@ -35,6 +40,8 @@ __all__ = [
     "FlowRejectionActor",
     "FuturePlanningActor",
     "GaussianEnsemble",
+    "GaussianModel",
+    "GaussianPolicy",
     "MLPFutureModel",
     "NormedMLP",
     "OneStepModel",

@@ -1,6 +1,7 @@
 """The losses of MAC, of its baselines and of the Q-chunking family, as TorchRL loss modules."""
 
 from torchrl_mac.objectives.critics import QValueLossBase
+from torchrl_mac.objectives.ddpg_bc import DDPGBCLoss
 from torchrl_mac.objectives.dqc import DQCLoss
 from torchrl_mac.objectives.dreamer import DreamerLoss
 from torchrl_mac.objectives.flow_bc import FlowBCLoss
@@ -22,6 +23,7 @@ __all__ = [
     "ChunkedQValueLoss",
     "ChunkedSACLoss",
     "ChunkedWorldModelLoss",
+    "DDPGBCLoss",
     "DQCLoss",
     "DreamerLoss",
     "FQLExpansionLoss",

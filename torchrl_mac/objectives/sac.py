@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,6 +17,8 @@ from torchrl_mac.objectives.common import GoalKeys, condition_and_action, given_
 from torchrl_mac.objectives.critics import QValueLossBase
 
 __all__ = ["ChunkedSACLoss"]
+
+Cloning = Literal["likelihood", "squared"]
 
 
 class ChunkedSACLoss(QValueLossBase):
@@ -36,11 +38,13 @@ class ChunkedSACLoss(QValueLossBase):
     as the Q-chunking authors run RLPD (https://arxiv.org/abs/2302.02948,
     https://arxiv.org/abs/2507.07969). TorchRL's :class:`~torchrl.objectives.SACLoss` has the
     entropy in the critics' target, takes the minimum of the critics and sums their errors. With
-    ``bc_alpha`` the dataset's actions are cloned as well,
+    ``bc_alpha`` the dataset's actions are cloned as well, by their likelihood or, with
+    ``bc="squared"``, by how far the actor's are from them,
 
     .. math::
 
-        \mathcal L_{bc} = - \alpha_{bc} \log \pi(A \mid s)
+        \mathcal L_{bc} = - \alpha_{bc} \log \pi(A \mid s) \qquad \text{or} \qquad
+        \mathcal L_{actor} \mathrel{+}= \alpha_{bc} \, \mathrm{sg}[\overline{|Q|}] \, \| a - A \|^2
 
     Args:
         actor_network (TanhGaussianPolicy): the actor.
@@ -51,7 +55,9 @@ class ChunkedSACLoss(QValueLossBase):
         alpha_init (float, optional): the temperature to begin with. Defaults to 1.
         target_entropy (float, optional): :math:`\bar H`. Defaults to minus half of the number of
             action coordinates.
-        bc_alpha (float, optional): the weight of cloning; with 0 (default) there is no such term.
+        bc_alpha (float, optional): the weight of cloning; 0 (default) is none.
+        bc (str, optional): ``"likelihood"`` (default), a term of its own, or ``"squared"``, a part
+            of ``"loss_actor"``, where :math:`\overline{|Q|}` is the mean size of Q in the batch.
         **kwargs: those of :class:`~torchrl_mac.objectives.QValueLossBase`: ``num_qvalue_nets``,
             ``q_aggregation``, ``chunk_size``, ``target_range``, ``sampling_dtype``, ``reduction``.
 
@@ -59,7 +65,7 @@ class ChunkedSACLoss(QValueLossBase):
     (``"actor_noise"`` and ``"next_noise"``, ``[*, D]``) is drawn unless the input has it.
 
     Raises:
-        ValueError: if ``alpha_init`` is not positive or ``bc_alpha`` is negative.
+        ValueError: if ``alpha_init`` is not positive, ``bc_alpha`` is negative or ``bc`` unknown.
 
     Examples:
         >>> import torch
@@ -111,6 +117,7 @@ class ChunkedSACLoss(QValueLossBase):
         alpha_init: float = 1.0,
         target_entropy: float | None = None,
         bc_alpha: float = 0.0,
+        bc: Cloning = "likelihood",
         **kwargs: Any,
     ) -> None:
         if not alpha_init > 0 or bc_alpha < 0:
@@ -118,6 +125,8 @@ class ChunkedSACLoss(QValueLossBase):
                 "alpha_init must be positive and bc_alpha not negative, got "
                 f"{alpha_init} and {bc_alpha}."
             )
+        if bc not in get_args(Cloning):
+            raise ValueError(f"bc must be one of {get_args(Cloning)}, got {bc!r}.")
         super().__init__(qvalue_network, **kwargs)
         self.convert_to_functional(actor_network, "actor_network")
         device = next(actor_network.parameters()).device
@@ -126,7 +135,8 @@ class ChunkedSACLoss(QValueLossBase):
             -0.5 * actor_network.action_dim if target_entropy is None else target_entropy
         )
         self.bc_alpha = bc_alpha
-        if bc_alpha:
+        self.bc: Cloning = bc
+        if bc_alpha and bc == "likelihood":
             self.out_keys = [*self.out_keys, "loss_bc"]
 
     @property
@@ -161,7 +171,10 @@ class ChunkedSACLoss(QValueLossBase):
         return out
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Entropy and Q of the actor, and the log-density of its actions, detached, ``[*]``."""
+        """Entropy and Q of the actor, and the log-density of its actions, detached, ``[*]``.
+
+        With ``bc="squared"`` also the distance of its actions from the dataset's.
+        """
         keys = self.tensor_keys
         condition, taken = self._condition_and_action(tensordict)
         noise = given_or_drawn(tensordict, keys.actor_noise, taken)
@@ -173,6 +186,9 @@ class ChunkedSACLoss(QValueLossBase):
         # frozen critics still pass the gradient to the action
         value = self.members(inputs, self.qvalue_network_params.detach()).mean(0)
         loss = self.log_alpha.detach().exp() * log_prob - value
+        if self.bc_alpha and self.bc == "squared":
+            distance = (action - taken).square().sum(-1)
+            loss = loss + self.bc_alpha * value.detach().abs().mean() * distance
         return self._reduced(loss, tensordict), log_prob.detach()
 
     def alpha_loss(self, tensordict: TensorDictBase, log_prob: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ _RULES: dict[str, Rule] = {
     "normalize": _one_of(None, "min_max", "mean_std"),
     "sparse_rewards": _flag,
     "cross_episodes": _flag,
+    "truncation_is_success": _flag,
     "average_rewards": _flag,
     "ignore_terminated": _flag,
     "negative_reward": _flag,
