@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.modules import ValueOperator
 
 from torchrl_mac.modules import GaussianPolicy, NormedMLP, QValueEnsemble, StackedMLP
-from torchrl_mac.objectives import ChunkedQValueLoss, DDPGBCLoss
+from torchrl_mac.objectives import ChunkedQValueLoss, DDPGBCLoss, InSampleValueLoss
 
 B, OBS, G, H, A, E, ALPHA, STD = 6, 4, 2, 3, 2, 3, 0.7, 0.6
 D = H * A
@@ -23,6 +23,17 @@ def batch(size=(B,)):
         action=torch.rand(*size, H, A) * 2 - 1,
         batch_size=size,
     )
+
+
+def transition():
+    following = TensorDict(
+        observation=torch.randn(B, OBS),
+        reward=torch.randn(B, 1),
+        done=torch.zeros(B, 1, dtype=torch.bool),
+        terminated=torch.zeros(B, 1, dtype=torch.bool),
+        batch_size=[B],
+    )
+    return batch().update({"value_goal": torch.randn(B, G), "next": following})
 
 
 def shifted(module):
@@ -87,16 +98,8 @@ def test_the_actor_alone_is_trained():
 
 
 def test_critics_do_not_train_the_actor():
-    loss, td = make(), batch()
+    loss, td = make(), transition()
     critic = ChunkedQValueLoss(loss.actor_network, loss.qvalue_network)
-    td["value_goal"] = td["actor_goal"]
-    td["next"] = TensorDict(
-        observation=torch.randn(B, OBS),
-        reward=torch.randn(B, 1),
-        done=torch.zeros(B, 1, dtype=torch.bool),
-        terminated=torch.zeros(B, 1, dtype=torch.bool),
-        batch_size=[B],
-    )
     critic(td)["loss_qvalue"].backward()
     assert all(p.grad is None for p in loss.parameters())
     assert all(p.grad is not None for p in critic.parameters())
@@ -152,6 +155,31 @@ def test_compiled_equals_eager_over_three_steps():
             optimizer.step()
     for ours, theirs in zip(*(loss.parameters() for loss in losses), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_beside_the_loss_that_trains_its_critics():
+    torch._dynamo.reset()
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        actor = make()
+        value = ValueOperator(NormedMLP(OBS + G, 1, CELLS), in_keys=["observation", "goal"])
+        values = InSampleValueLoss(value, actor.qvalue_network, expectile=0.9)
+        losses.append(torch.nn.ModuleList([values, actor]))
+
+    def total(td, losses):
+        return sum(v for loss in losses for k, v in loss(td).items() if k.startswith("loss_"))
+
+    td = transition()
+    terms = [total(td, losses[0])]
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    terms.append(compiled(td, losses[1]))
+    torch.testing.assert_close(*terms)
+    for term in terms:
+        term.backward()
+    for ours, theirs in zip(*(loss.named_parameters() for loss in losses), strict=True):
+        assert ours[0] == theirs[0] and ours[1].grad is not None
+        torch.testing.assert_close(ours[1].grad, theirs[1].grad)
 
 
 def test_errors():
