@@ -145,7 +145,7 @@ def test_compiled_equals_eager_over_three_steps():
     for _ in range(2):
         torch.manual_seed(0)
         losses.append(make())
-    compiled = torch.compile(losses[1], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(losses[1], fullgraph=True, backend="eager")
     optimizers = [torch.optim.Adam(loss.parameters(), lr=1e-2) for loss in losses]
     for _ in range(3):
         td = batch()
@@ -172,7 +172,7 @@ def test_compiled_beside_the_loss_that_trains_its_critics():
 
     td = transition()
     terms = [total(td, losses[0])]
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(total, fullgraph=True, backend="eager")
     terms.append(compiled(td, losses[1]))
     torch.testing.assert_close(*terms)
     for term in terms:
