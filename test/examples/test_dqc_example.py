@@ -22,10 +22,9 @@ OVERRIDES = [
     ("settings", "chunk_size"),
     [
         ([], 5),
-        (["chunk_critic=false", "policy_chunk_size=10"], 10),
         (["chunk_critic=false", "policy_chunk_size=1", "chunk_size=1"], 1),
     ],
-    ids=["dqc", "qc", "os"],
+    ids=["dqc", "os"],
 )
 def test_dqc(tmp_path, fork, settings, chunk_size):
     code, said = fork.wait(tmp_path / "run", *OVERRIDES, *settings, example="dqc")
