@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 extras = {
     "hdf5": ["h5py>=3.8"],
     "train": ["hydra-core>=1.3,<1.4", "matplotlib>=3.8", "wandb>=0.18"],
+    "ray": ["ray>=2.10"],
     "video": ["av>=12"],
     "sweep": ["hydra-joblib-launcher>=1.2", "hydra-submitit-launcher>=1.2"],
     "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5"],

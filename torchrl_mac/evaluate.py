@@ -9,7 +9,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 if ctypes.util.find_library("EGL"):  # MuJoCo reads it when first imported, by TorchRL, below
     os.environ.setdefault("MUJOCO_GL", "egl")
@@ -18,6 +18,7 @@ from torchrl_mac.datasets import NUM_TASKS, OGBenchName
 from torchrl_mac.envs import env_maker
 from torchrl_mac.modules import FlowRejectionActor, SubgoalActor, save_policy
 from torchrl_mac.trainers import EpisodeEvaluator, load_policy_and_metadata, write_video
+from torchrl_mac.utils.workers import Engine
 
 __all__ = ["main"]
 
@@ -67,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-envs", type=int, default=10, help="side by side, default: 10")
     parser.add_argument("--workers", type=int, default=0, help="processes, default: this one")
+    parser.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        default="processes",
+        help="where they are; ray: the cluster at RAY_ADDRESS, default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the episodes, default: 0")
     parser.add_argument("--num-candidates", type=int, help="chunks to choose from")
     parser.add_argument("--replan-interval", type=int, help="actions before the next choice")
@@ -98,7 +105,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         task_ids=range(1, NUM_TASKS + 1) if several else None,
         num_episodes=args.episodes or 1,
         num_envs=args.num_envs,
-        num_workers=args.workers,
+        num_workers=args.workers or int(args.engine == "ray"),
+        engine=args.engine,
         replan_interval=args.replan_interval or settings.get("replan_interval", 1),
         seed=args.seed,
     )

@@ -11,11 +11,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from torchrl_mac import datasets
 from torchrl_mac.datasets.manifest import DEFAULT_ROOT, converted_splits, is_complete, load_split
 from torchrl_mac.datasets.names import OGBenchName
 from torchrl_mac.datasets.sources import find_shards, refuse_twice, validation_file
+from torchrl_mac.utils.workers import Engine
 
 __all__ = ["main"]
 
@@ -81,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="rows per episode (default: as official, 1001)")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     generate.add_argument("--workers", type=int, help="processes, at least 1 (default: CPU cores)")
+    generate.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        default="processes",
+        help="where workers are; ray: the cluster at RAY_ADDRESS (default: %(default)s)",
+    )
     generate.add_argument("--overwrite", action="store_true", help="replace other files")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -152,6 +160,7 @@ def _generate(args: argparse.Namespace) -> None:
         shards=args.shards,
         seed=args.seed,
         workers=args.workers,
+        engine=args.engine,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )

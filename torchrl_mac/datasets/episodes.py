@@ -10,7 +10,7 @@ import numpy as np
 
 from torchrl_mac.datasets.names import OGBenchName
 from torchrl_mac.datasets.rollouts import OracleRollout
-from torchrl_mac.utils.workers import WorkerPool
+from torchrl_mac.utils.workers import Engine, WorkerPool
 
 __all__ = ["Episode", "Job", "make_episodes"]
 
@@ -41,7 +41,13 @@ class Job:
 
 
 def make_episodes(
-    name: OGBenchName, jobs: list[Job], *, seed: int, steps: int, workers: int
+    name: OGBenchName,
+    jobs: list[Job],
+    *,
+    seed: int,
+    steps: int,
+    workers: int,
+    engine: Engine = "processes",
 ) -> Generator[tuple[Job, Episode], None, None]:
     """Makes episodes in parallel.
 
@@ -53,6 +59,7 @@ def make_episodes(
         seed (int): the dataset's seed.
         steps (int): rows per episode.
         workers (int): processes; 1 means this very process.
+        engine (str, optional): see :class:`~torchrl_mac.utils.workers.WorkerPool`.
 
     Yields:
         tuple: a job and its episode, in the order of ``jobs``. Closing the generator kills the
@@ -61,7 +68,7 @@ def make_episodes(
     Raises:
         WorkerError: if a worker fails or dies.
     """
-    if workers == 1:
+    if workers == 1 and engine == "processes":
         rollout = OracleRollout.make(name)
         for job in jobs:
             yield job, rollout.episode(seed=seed, steps=steps, **vars(job))
@@ -71,6 +78,7 @@ def make_episodes(
         partial(_Maker, name, seed, steps),
         attempts=1,  # an episode is a function of its job: a second time it would fail as well
         preload=[__name__, "ogbench"],
+        engine=engine,
     ) as pool:
         yield from zip(jobs, pool.map(jobs), strict=True)
 

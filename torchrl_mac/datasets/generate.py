@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchrl_mac.datasets.episodes import Job, make_episodes
 from torchrl_mac.datasets.names import OGBenchName
 from torchrl_mac.datasets.rollouts import OfficialSettings, OracleRollout
 from torchrl_mac.datasets.shards import Catalog, RowFiles, ShardFile, scratch_folder
-from torchrl_mac.utils.workers import number_of_workers, require_main_guard
+from torchrl_mac.utils.workers import Engine, number_of_workers, require_main_guard
 
 __all__ = ["generate_dataset"]
 
@@ -36,6 +37,7 @@ def generate_dataset(
     steps: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    engine: Engine = "processes",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -44,7 +46,7 @@ def generate_dataset(
     Writes ``{name}.npz`` and ``{name}-val.npz``, which OGBench's own loader reads, or with
     ``shards`` as many pairs ``{name}-000.npz`` and ``{name}-000-val.npz``, ``{name}-001.npz`` and
     so on. The files depend on the recipe only, byte by byte, and a shard on its number too, but
-    not on the number of shards or workers.
+    not on the number of shards or workers, nor on where these are.
 
     A pair appears when it is complete. ``{name}.json`` holds the recipe and lists the files that
     are complete, with their size, checksum, rows and episodes. After an interruption, even by
@@ -69,6 +71,9 @@ def generate_dataset(
         seed (int, optional): seed of the whole dataset. Defaults to 0.
         workers (int, optional): processes, each with an environment of about 0.5 GiB; at least 1,
             which means this very process. Default: the number of CPU cores.
+        engine (str, optional): ``"processes"`` of this machine, or ``"ray"`` for actors of the
+            cluster at ``RAY_ADDRESS``, which only make episodes: files are written here. Defaults
+            to ``"processes"``.
         overwrite (bool, optional): replaces files with another recipe, and listed files whose
             checksum is wrong. Defaults to ``False``.
         progress (bool, optional): shows a progress bar on stderr. Defaults to ``True``.
@@ -128,7 +133,7 @@ def generate_dataset(
             f"{rows:.0e} rows are too many: shards={shards or 1}, each of episodes={episodes} and "
             f"val_episodes={val_episodes} with steps={steps}; together at most {_MOST_ROWS:.0e}."
         )
-    if workers > 1:
+    if workers > 1 and engine == "processes":
         require_main_guard()
     recipe = {
         "name": parsed.dataset,
@@ -157,7 +162,8 @@ def generate_dataset(
     if overwrite or catalog.missing():  # else the folder need not be writable
         with scratch_folder(out, parsed.dataset) as scratch:
             if missing := catalog.missing(overwrite):
-                _make(parsed, catalog, missing, scratch, workers=workers, progress=progress)
+                make = partial(_make, workers=workers, engine=engine, progress=progress)
+                make(parsed, catalog, missing, scratch)
     return out / files[0].name
 
 
@@ -168,6 +174,7 @@ def _make(
     scratch: Path,
     *,
     workers: int,
+    engine: Engine,
     progress: bool,
 ) -> None:
     seed, steps = catalog.recipe["seed"], catalog.recipe["steps"]
@@ -186,7 +193,9 @@ def _make(
         bar = stack.enter_context(_progress_bar(name.dataset, len(jobs) * steps, progress))
         # Closed here: a traceback would keep the generator, and so its workers, alive.
         made = stack.enter_context(
-            closing(make_episodes(name, jobs, seed=seed, steps=steps, workers=workers))
+            closing(
+                make_episodes(name, jobs, seed=seed, steps=steps, workers=workers, engine=engine)
+            )
         )
         packing: Future[None] | None = None
         for shard, files in groupby(missing, attrgetter("shard")):

@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_mac.modules import ChunkActor
 from torchrl_mac.trainers.episodes import EpisodeRunner
-from torchrl_mac.utils.workers import WorkerPool
+from torchrl_mac.utils.workers import Engine, WorkerPool
 
 __all__ = ["EpisodeEvaluator", "Evaluation"]
 
@@ -49,6 +49,8 @@ class EpisodeEvaluator:
         num_workers (int, optional): how many processes share the rounds, each with ``num_envs``
             environments and a copy of the actor on the CPU; ``make_env`` and the actor are pickled.
             Defaults to 0, the calling process.
+        engine (str, optional): where these processes are, see
+            :class:`~torchrl_mac.utils.workers.WorkerPool`. Defaults to ``"processes"``.
         timeout (float, optional): the seconds after which a round in a worker process is taken to
             hang. Defaults to 600.
         seed (int, optional): defaults to 0.
@@ -88,6 +90,7 @@ class EpisodeEvaluator:
         num_envs: int = 10,
         replan_interval: int = 1,
         num_workers: int = 0,
+        engine: Engine = "processes",
         timeout: float = 600.0,
         seed: int = 0,
     ) -> None:
@@ -102,6 +105,7 @@ class EpisodeEvaluator:
         self.num_episodes = num_episodes
         self.num_envs = min(num_envs, num_episodes)
         self.num_workers = num_workers
+        self.engine: Engine = engine
         self.timeout = timeout
         self.seed = seed
         self.actor = actor
@@ -150,7 +154,10 @@ class EpisodeEvaluator:
             return self._run_here(seed, task_id, state)
         if self._pool is None:
             self._pool = WorkerPool(
-                self.num_workers, partial(_Measure, self._runner.on_cpu()), timeout=self.timeout
+                self.num_workers,
+                partial(_Measure, self._runner.on_cpu()),
+                timeout=self.timeout,
+                engine=self.engine,
             )
         return self._pool.submit(seed, task_id, state)
 

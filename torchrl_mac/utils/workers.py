@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
-import signal
-import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-from multiprocessing import connection, get_all_start_methods, get_context, spawn
-from typing import Any
+from multiprocessing import get_all_start_methods, get_context, spawn
+from typing import Any, Literal, get_args
 
-__all__ = ["WorkerError", "WorkerPool", "number_of_workers", "require_main_guard"]
+from torchrl_mac.utils.process_worker import ProcessWorker, WorkerError
+from torchrl_mac.utils.ray_worker import RayWorker
+
+__all__ = ["Engine", "WorkerError", "WorkerPool", "number_of_workers", "require_main_guard"]
+
+Engine = Literal["processes", "ray"]
 
 logger = logging.getLogger("torchrl")  # TorchRL's, which takes seconds to import
-
-
-class WorkerError(RuntimeError):
-    """A task failed in a worker process, every time it was tried."""
 
 
 def number_of_workers(workers: int | None) -> int:
@@ -52,6 +50,10 @@ def number_of_workers(workers: int | None) -> int:
 class WorkerPool(contextlib.AbstractContextManager):
     """Runs tasks in processes of one thread each, and starts those anew that die or hang.
 
+    They are processes of this machine or, with ``engine="ray"``, actors of a Ray cluster
+    (https://docs.ray.io): the one at the address in the environment variable ``RAY_ADDRESS``, or
+    one that Ray starts on this machine. A task is the same in either.
+
     Args:
         num_workers (int): the number of processes.
         make_task (callable): called once in each process, returns what runs a task; pickled.
@@ -62,7 +64,12 @@ class WorkerPool(contextlib.AbstractContextManager):
         attempts (int, optional): how often a task is tried. Defaults to 2.
         preload (sequence of str, optional): modules that a server imports, once for all processes,
             which are forked from it where the system can do that. Default: each process starts on
-            its own.
+            its own. An actor of Ray always does.
+        engine (str, optional): ``"processes"`` or ``"ray"``. Defaults to ``"processes"``.
+
+    Raises:
+        ImportError: if Ray is asked for and not installed.
+        ValueError: if the engine is neither.
 
     Examples:
         >>> from functools import partial
@@ -81,18 +88,27 @@ class WorkerPool(contextlib.AbstractContextManager):
         timeout: float | None = None,
         attempts: int = 2,
         preload: Sequence[str] = (),
+        engine: Engine = "processes",
     ) -> None:
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine={engine!r} is none of {', '.join(get_args(Engine))}.")
         self.num_workers = num_workers
         self.make_task = make_task
         self.timeout = timeout
         self.attempts = attempts
-        forks = preload and "forkserver" in get_all_start_methods()
-        self._context: Any = get_context("forkserver" if forks else "spawn")
-        if forks:
-            self._context.set_forkserver_preload(list(preload))
+        self._start: Callable[..., ProcessWorker | RayWorker]
+        if engine == "ray":
+            RayWorker.connect(num_workers)
+            self._start = RayWorker
+        else:
+            forks = preload and "forkserver" in get_all_start_methods()
+            context = get_context("forkserver" if forks else "spawn")
+            if forks:
+                context.set_forkserver_preload(list(preload))
+            self._start = partial(ProcessWorker, context)
         self._threads = ThreadPoolExecutor(num_workers, "worker")  # each owns one process
         self._local = threading.local()
-        self._workers: set[_Worker] = set()
+        self._workers: set[ProcessWorker | RayWorker] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -137,14 +153,14 @@ class WorkerPool(contextlib.AbstractContextManager):
                 logger.warning(f"{error} Trying again in a new one.")
         raise AssertionError("unreachable")
 
-    def _worker(self) -> _Worker:
+    def _worker(self) -> ProcessWorker | RayWorker:
         """This thread's process."""
         worker = getattr(self._local, "worker", None)
         if worker is None:
             with self._lock:  # so that none is started behind the back of close()
                 if self._closed:
                     raise WorkerError("The worker processes have been closed.")
-                worker = self._local.worker = _Worker(self._context, self.make_task)
+                worker = self._local.worker = self._start(self.make_task)
                 self._workers.add(worker)
         return worker
 
@@ -174,55 +190,3 @@ def require_main_guard() -> None:
         >>> require_main_guard()  # this is no worker
     """
     spawn.get_preparation_data("")  # Python's own check, which Process.start makes too late
-
-
-class _Worker:
-    def __init__(self, context: Any, make_task: Callable[[], Callable[..., Any]]) -> None:
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make_task), daemon=True)
-        self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-        self._ending = threading.Lock()  # the exit code can be read only once
-
-    def ask(self, args: tuple[Any, ...], timeout: float | None) -> Any:
-        try:
-            self._pipe.send_bytes(pickle.dumps(args))  # copies: no memory is shared
-            if not connection.wait([self._pipe], timeout):
-                raise WorkerError(
-                    f"A worker process has not answered for {timeout:g} s and was ended."
-                )
-            succeeded, answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            with self._ending:
-                self._process.join(1)
-                code = self._process.exitcode
-            raise WorkerError(
-                f"A worker process has died (exit code {code}). If it was killed for its memory, "
-                "use fewer workers (--workers); if it could not import the calling script, "
-                'protect that script with `if __name__ == "__main__":`.'
-            ) from error
-        if not succeeded:
-            raise WorkerError(f"A worker process has failed: {answer}")
-        return answer
-
-    def kill(self) -> None:
-        with self._ending:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-
-
-def _serve(pipe: connection.Connection, make_task: Callable[[], Callable[..., Any]]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    if "torch" in sys.modules:  # it came with make_task; it is not imported for this
-        sys.modules["torch"].set_num_threads(1)
-    task = None
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
-        while True:
-            args = pickle.loads(pipe.recv_bytes())
-            try:
-                task = make_task() if task is None else task
-                answer = True, task(*args)
-            except Exception:
-                answer = False, traceback.format_exc()
-            pipe.send(answer)
