@@ -55,7 +55,7 @@ def test_one_agent_for_all_tasks(tmp_path, fork):
     assert summary["success_rate"] == pytest.approx(sum(rates) / 5)
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu_goal", "original", "paper"])
+@pytest.mark.parametrize("preset", ["cpu", "cpu_goal", "original", "paper", "pendulum"])
 def test_the_model_comes_first_but_for_the_paper(preset):
     with initialize_config_dir(str(ROOT / "configs/leq"), version_base="1.3"):
         cfg = OmegaConf.to_container(compose("leq", [f"preset={preset}"]))

@@ -116,7 +116,7 @@ def test_scripts_are_short_and_configs_cover_the_paper(method):
     assert tasks == {path.stem for path in (ROOT / "configs/mac/task").glob("*.yaml")}
     assert "pendulum" in tasks
     presets = {path.stem for path in (ROOT / f"configs/{method}/preset").glob("*.yaml")}
-    assert presets == {"cpu", "cpu_goal", "paper"}
+    assert presets == {"cpu", "cpu_goal", "paper", "pendulum"}
     assert len((ROOT / f"examples/{method}.py").read_text().splitlines()) <= 150
 
 
