@@ -1,14 +1,11 @@
-r"""Chunks ranked by all of their actions, or by the first: a table and a figure of runs of mac.py.
+"""Chunks ranked by all of their actions, or by the first: a table and a figure.
 
-    python examples/mac.py --multirun preset=cpu num_threads=1 \
-        chunk_size=10,25,50 policy_chunk_size=null,5 replan_interval=5 seed=0,1 \
-        hydra.sweep.dir=outputs/partial_ranking \
-        'hydra.sweep.subdir=h${chunk_size}-by_${policy_chunk_size}-seed${seed}'
-    python benchmarks/partial_ranking.py outputs/partial_ranking
+    python benchmarks/reproduce.py --suite ranking --workers 2
+    python benchmarks/partial_ranking.py results/ranking
 
-Both kinds execute as many actions before they choose again; all else is the preset's. Those whose
-Q learns an expectile (`kappa_d=0.7`) have a row of their own. The figure is `partial_ranking.png`,
-beside the runs.
+Both kinds imagine as many steps and execute as many actions before they choose again; all else is
+the preset's. Those whose Q learns an expectile (`kappa_d=0.7`) have a row of their own. The figure
+is `partial_ranking.png`, beside the results.
 """
 
 from __future__ import annotations
@@ -38,15 +35,17 @@ class Arm(NamedTuple):
 
 
 def read(folder: Path) -> dict[Arm, dict[int, dict]]:
-    """The summaries of finished runs, by seed."""
+    """The results of finished cells, by seed."""
     arms: dict[Arm, dict[int, dict]] = {}
-    for path in sorted(folder.glob("*/summary.json")):
-        of = json.loads((path.parent / "policy/policy.json").read_text())["metadata"]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        of = result["settings"]
         ranked_by = of["policy_chunk_size"] or of["chunk_size"]
         arm = Arm(of["chunk_size"], ranked_by, of["kappa_d"] or None, of["replan_interval"])
-        arms.setdefault(arm, {})[of["seed"]] = json.loads(path.read_text())
+        rate = fmean(result["success_rates"].values())
+        arms.setdefault(arm, {})[result["seed"]] = {**result, "success_rate": rate}
     if not arms:
-        raise SystemExit(f"{folder} has no finished run of mac.py.")
+        raise SystemExit(f"{folder} has no result of mac.py.")
     return dict(sorted(arms.items(), key=lambda item: (item[0].ranking, item[0])))
 
 
@@ -85,13 +84,13 @@ def draw(path: Path, arms: dict[Arm, dict[int, dict]]) -> None:
     axis.set_ylabel("success rate")
     axis.set_ylim(0, 1)
     axis.legend(title="ranked by", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="the sweep's, with a folder for each run")
+    parser.add_argument("folder", type=Path, help="of results: results/ranking")
     folder = parser.parse_args().folder
     arms = read(folder)
     print(table(arms))

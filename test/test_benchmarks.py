@@ -108,14 +108,10 @@ def test_emulated_bf16_is_bf16(monkeypatch):
 def test_partial_ranking(tmp_path):
     rates = {(10, None, 0): 0.5, (10, None, 1): 0.7, (10, 5, 0): 0.9, (25, 5, 0): 0.25}
     for (h, first, seed), rate in rates.items():
-        folder = tmp_path / f"{h}-{first}-{seed}"
-        (folder / "policy").mkdir(parents=True)
-        summary = {"success_rate": rate, "train_seconds": 60.0}
-        (folder / "summary.json").write_text(json.dumps(summary))
-        of = {"chunk_size": h, "policy_chunk_size": first, "seed": seed}
-        metadata = {**of, "kappa_d": None, "replan_interval": 5}
-        (folder / "policy/policy.json").write_text(json.dumps({"metadata": metadata}))
-    (tmp_path / "unfinished").mkdir()
+        of = {"chunk_size": h, "policy_chunk_size": first, "kappa_d": None, "replan_interval": 5}
+        result = {"success_rates": {"task2": rate}, "train_seconds": 60.0, "seed": seed}
+        path = tmp_path / f"{h}-{first}-{seed}.json"
+        path.write_text(json.dumps({**result, "settings": of}))
     rows = run(FOLDER / "partial_ranking.py", tmp_path).splitlines()[2:]
     assert rows == [
         "| 10 | first 5 | 5 | 0.90 | 0.90 | 60 s |",

@@ -56,11 +56,11 @@ def test_mac(data, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on(data, tmp_path, fork):
     phase = "{{name: {}, terms: [{}], num_updates: {}, batch_size: 8}}"
-    phases = [phase.format("flow", "loss_flow", 600), phase.format("joint", ",".join(TERMS), 20)]
+    phases = [phase.format("flow", "loss_flow", 200), phase.format("joint", ",".join(TERMS), 20)]
     overrides = [f"phases=[{','.join(phases)}]", "log_interval=20", "replan_interval=10"]
     overrides += ["checkpoint_interval=50", "wandb=offline", *ONE_EPISODE]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(data, whole, *overrides).returncode == 0
+    assert fork.wait(whole, *overrides)[0] == 0
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         before = newest(parts)
         process = fork(parts, *overrides)
@@ -82,7 +82,7 @@ def test_a_run_that_is_interrupted_goes_on(data, tmp_path, fork):
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
     first, again = (json.loads((p / "summary.json").read_text()) for p in (whole, parts))
     assert first["success_rate"] == again["success_rate"]
-    assert first["updates"] == again["updates"] == 620
+    assert first["updates"] == again["updates"] == 220
     ids = {path.name.split("-")[-1] for path in (parts / "wandb").glob("offline-run-*")}
     assert ids == {json.loads((parts / "run.json").read_text())["id"]}
 

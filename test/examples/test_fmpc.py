@@ -10,7 +10,7 @@ from running import ONE_EPISODE, ROOT
 from torchrl_mac import load_policy
 
 TERMS = "loss_flow,loss_dynamics,loss_value,loss_qvalue"
-PHASE = f"{{name: joint, terms: [{TERMS}], num_updates: 20, batch_size: 8, eval_interval: 10}}"
+PHASE = f"{{name: joint, terms: [{TERMS}], num_updates: 20, batch_size: 8}}"
 OVERRIDES = [f"phases=[{PHASE}]", "dynamics_cells=[16,16]", "horizon=8", *ONE_EPISODE]
 
 

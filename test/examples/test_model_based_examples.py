@@ -20,7 +20,7 @@ SCRIPTS = {
 
 
 def joint(terms):
-    settings = "num_updates: 20, batch_size: 8, eval_interval: 10"
+    settings = "num_updates: 20, batch_size: 8"
     return [f"phases=[{{name: joint, terms: [{','.join(terms)}], {settings}}}]", *ONE_EPISODE]
 
 

@@ -30,9 +30,7 @@ PHASES = [
 JOINT = [PHASE.format(name="joint", terms=f"{MODEL},{SAC}", updates=14, more="")]
 KINDS = {
     "mopo": ("mopo", PHASES, ["chunk_size=5", "replan_interval=5"]),
-    "mopo_joint": ("mopo", JOINT, []),
     "mopo_goal": ("mopo", PHASES, ["task=cube-single-oraclerep", "chunk_size=2"]),
-    "mobile": ("mobile", PHASES, []),
     "mobile_goal": ("mobile", JOINT, ["task=cube-single-oraclerep"]),
 }
 ROLLOUTS = ["rollout_interval=5", "rollout_batch=10", "rollout_length=3", "rollout_keep=2"]

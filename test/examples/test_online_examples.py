@@ -46,8 +46,23 @@ def overrides_of(kind):
     return example, [*overrides, *more, *ONE_EPISODE]
 
 
+KILLED = ("qc", "rlpd_ac", "mac")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", [kind for kind in SCRIPTS if kind not in KILLED])
+def test_offline_and_then_online(kind, tmp_path, fork):
+    example, overrides = overrides_of(kind)
+    code, said = fork.wait(tmp_path / "run", *overrides, example=example)
+    assert code == 0, said[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["online/frames"] == 60
+    assert ("success_rate_before_online" in summary) == (example != "rlpd")
+    assert load_policy(tmp_path / "run").chunk_size == CHUNK_SIZES.get(kind, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KILLED)
 def test_a_run_that_is_killed_online_goes_on(kind, tmp_path, fork):
     example, overrides = overrides_of(kind)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -141,7 +141,7 @@ def test_compiled_equals_eager():
     torch._dynamo.reset()
     loss, td = ChunkedWorldModelLoss(make_model()), batch()
     expected = loss(td)
-    out = torch.compile(loss, fullgraph=True, backend="aot_eager")(td)
+    out = torch.compile(loss, fullgraph=True, backend="eager")(td)
     for key, value in expected.items():
         torch.testing.assert_close(out[key], value)
 

@@ -1,5 +1,6 @@
 """Environments: OGBench's, Gymnasium's, two that answer from a world model, and imagination."""
 
+from torchrl_mac.envs.depict import depict, set_observation
 from torchrl_mac.envs.gym import GymnasiumEnv, env_maker
 from torchrl_mac.envs.imagination import imagine
 from torchrl_mac.envs.ogbench import OGBenchEnv
@@ -13,6 +14,8 @@ __all__ = [
     "GymnasiumEnv",
     "OGBenchEnv",
     "ResumableEpisodes",
+    "depict",
     "env_maker",
     "imagine",
+    "set_observation",
 ]
