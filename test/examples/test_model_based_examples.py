@@ -65,8 +65,7 @@ def test_scripts_are_short_and_configs_are_those_of_mac(method):
     ]
     assert tasks[0] == tasks[1]
     presets = {path.stem for path in (ROOT / f"configs/{method}/preset").iterdir()}
-    own = {"pendulum"} if method == "dreamer" else set()
-    assert presets == {"cpu", "cpu_goal", "paper", *own}
+    assert presets == {"cpu", "cpu_goal", "paper", "pendulum"}
     assert len((ROOT / f"examples/{method}.py").read_text().splitlines()) <= 150
     with initialize_config_dir(str(ROOT / f"configs/{method}"), version_base="1.3"):
         paper = compose(method)
