@@ -16,7 +16,7 @@ from reproduction.report import report
 from reproduction.suite import SUITES, cells
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("MAC", "LEQ", "RLPD")
+METHODS = ("MAC", "RLPD")
 TIMES = ("seconds", "train_seconds")
 
 
@@ -78,7 +78,7 @@ def test_cells_are_the_same_in_processes_and_on_ray(tmp_path):
     reproduce("report", *flags)
     page = (folder / "results/report.md").read_bytes()
     picture = (folder / "results/curves.png").read_bytes()
-    reproduce("report", *flags)
+    assert report("smoke", cells("smoke", METHODS), Folders(folder / "results", folder, data)) == 0
     assert (folder / "results/report.md").read_bytes() == page
     assert (folder / "results/curves.png").read_bytes() == picture
 
