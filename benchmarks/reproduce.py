@@ -1,10 +1,10 @@
 """The tables, made again: a grid of methods, environments and seeds, and reports of it.
 
     python benchmarks/reproduce.py --suite smoke                 # every method, minutes
-    python benchmarks/reproduce.py --suite desk --workers 2      # what two cores reach in hours
-    python benchmarks/reproduce.py --suite desk --methods MAC --environments scene --seeds 0 1
-    RAY_ADDRESS=auto python benchmarks/reproduce.py --suite paper --engine ray --workers 64
-    python benchmarks/reproduce.py report --suite desk           # tables and pictures
+    python benchmarks/reproduce.py --suite goals --workers 2     # the methods for goals, an hour
+    python benchmarks/reproduce.py --suite goals --methods MAC SHARSA --seeds 0
+    RAY_ADDRESS=auto python benchmarks/reproduce.py --suite goals --engine ray --workers 10
+    python benchmarks/reproduce.py report --suite goals          # tables and pictures
 
 Each cell makes its data if it is not there, trains, evaluates, and leaves in results/SUITE a JSON
 with what it was and what came of it, and a CSV of its curves. Finished cells are skipped,
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
@@ -57,7 +56,6 @@ def _submitter(stack: contextlib.ExitStack, workers: int, engine: Engine) -> Cal
     if engine == "ray":
         pool = WorkerPool(workers, partial(partial, run_cell), attempts=1, engine=engine)
         return stack.enter_context(pool).submit
-    get_context().set_forkserver_preload(["reproduction.cell"])
     threads = stack.enter_context(ThreadPoolExecutor(workers))
     return partial(threads.submit, run_cell)
 

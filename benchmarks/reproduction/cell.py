@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from torchrl_mac.datasets import generate_dataset
-from torchrl_mac.trainers import experiment  # noqa: F401 - here once for all cells' processes
 from torchrl_mac.utils.files import read_json, replaced, write_json
 
-__all__ = ["Cell", "Folders", "run_cell", "write_result"]
+__all__ = ["Cell", "Folders", "name_of", "run_cell", "write_result"]
 
 ROOT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1
@@ -55,8 +54,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its files."""
-        method = re.sub(r"[^a-z0-9]+", "_", self.method.lower()).strip("_")
-        return f"{method}-{self.environment}-seed{self.seed}"
+        return name_of(self.method, self.environment, self.seed)
 
     @property
     def command(self) -> str:
@@ -84,6 +82,12 @@ class Cell:
         return found
 
 
+def name_of(method: str, environment: str, seed: int) -> str:
+    """The name of a cell's files."""
+    method = re.sub(r"[^a-z0-9]+", "_", method.lower()).strip("_")
+    return f"{method}-{environment}-seed{seed}"
+
+
 def run_cell(cell: Cell, folders: Folders) -> str:
     """Runs a cell, going on where it was interrupted, and writes its JSON and its CSV.
 
@@ -98,6 +102,7 @@ def run_cell(cell: Cell, folders: Folders) -> str:
     log = run.with_suffix(".log")
     run.parent.mkdir(parents=True, exist_ok=True)
     processes = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    processes.set_forkserver_preload(["torchrl_mac.trainers.experiment"])  # once for all cells
     process = processes.Process(target=_work, args=(cell, folders, run, log))
     process.start()
     process.join()

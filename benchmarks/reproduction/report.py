@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from reproduction.cell import Cell, Folders
+from reproduction.cell import Cell, Folders, name_of
 from scipy.stats import bootstrap, trim_mean
 
 __all__ = ["report"]
@@ -193,7 +193,7 @@ def _curves(path: Path, groups: dict[tuple[str, str], list[dict[str, Any]]], fol
 
 
 def _points(folder: Path, result: dict[str, Any]) -> tuple[list[int], list[float]]:
-    name = Cell(result["method"], result["environment"], result["seed"], "", (), "", ()).name
+    name = name_of(result["method"], result["environment"], result["seed"])
     with (folder / f"{name}.csv").open(newline="") as file:
         found = {
             int(row["update"]): float(row["value"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +30,37 @@ def cells(
     Raises:
         ValueError: if something chosen is not in the suite.
     """
-    found = list(_cells(suite))
-    for kind, chosen in {"method": methods, "environment": environments, "seed": seeds}.items():
-        there = list(dict.fromkeys(getattr(cell, kind) for cell in found))
-        if unknown := [one for one in chosen if one not in there]:
-            raise ValueError(
-                f"--{kind}s {unknown[0]!r}: the suite {suite} has {', '.join(map(str, there))}."
-            )
-        if chosen:
-            found = [cell for cell in found if getattr(cell, kind) in chosen]
-    return found
-
-
-def _cells(suite: str) -> Iterator[Cell]:
     of = SUITES[suite]
-    for method, settings in of["methods"].items():
-        for environment in settings["environments"]:
-            overrides, name = _overrides(of, settings, environment)
-            recipe = tuple(sorted(of["data"].get(name.dataset, {}).items()))
-            for seed in settings.get("seeds", of["seeds"]):
-                parts = (settings["script"], overrides, name.dataset, recipe)
-                yield Cell(method, environment, seed, *parts)
+    found = [
+        (method, environment, seed)
+        for method, settings in of["methods"].items()
+        for environment in settings["environments"]
+        for seed in settings.get("seeds", of["seeds"])
+    ]
+    chosen = {"methods": methods, "environments": environments, "seeds": seeds}
+    for k, (kind, wanted) in enumerate(chosen.items()):
+        there = dict.fromkeys(names[k] for names in found)
+        if unknown := [one for one in wanted if one not in there]:
+            raise ValueError(
+                f"--{kind} {unknown[0]!r}: the suite {suite} has {', '.join(map(str, there))}."
+            )
+        found = [names for names in found if not wanted or names[k] in wanted]
+    return [_cell(suite, *names) for names in found]
 
 
-def _overrides(
-    of: dict[str, Any], settings: dict[str, Any], environment: str
-) -> tuple[tuple[str, ...], OGBenchName]:
-    """The settings of a script, and the dataset that it reads with them."""
-    found = [f"preset={settings['preset']}", f"task={environment}"]
-    found += [*of["overrides"], *settings.get("overrides", [])]
+def _cell(suite: str, method: str, environment: str, seed: int) -> Cell:
+    of = SUITES[suite]
+    settings = of["methods"][method]
+    overrides = [f"preset={settings['preset']}", f"task={environment}"]
+    overrides += [*of["overrides"], *settings.get("overrides", [])]
     folder = ROOT / "configs" / settings.get("configs", settings["script"])
     with initialize_config_dir(str(folder), version_base="1.3"):
-        cfg = compose(settings["script"], found)
+        cfg = compose(settings["script"], overrides)
     if updates := of.get("updates"):  # of each phase
-        for phases in ("phases", "online.phases")[
-            : 2 if cfg.get("online", {}).get("frames") else 1
-        ]:
+        online = OmegaConf.select(cfg, "online.frames")
+        for phases in ("phases", "online.phases") if online else ("phases",):
             for k in range(len(OmegaConf.select(cfg, phases))):
-                found += [f"++{phases}.{k}.{key}={value}" for key, value in updates.items()]
-    return tuple(found), OGBenchName.parse(cfg.dataset)
+                overrides += [f"++{phases}.{k}.{key}={value}" for key, value in updates.items()]
+    dataset = OGBenchName.parse(cfg.dataset).dataset
+    recipe = tuple(sorted(of["data"].get(dataset, {}).items()))
+    return Cell(method, environment, seed, settings["script"], tuple(overrides), dataset, recipe)
